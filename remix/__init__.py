@@ -1,0 +1,1 @@
+"""ReMix: reinforcement fine-tuning that replays its rollouts."""
