@@ -1,0 +1,98 @@
+"""The recipe schema: science only; hardware lives in recipes/accelerate/.
+
+`type:` selects a small block that owns only its keys; class defaults are the vetted setting; an unknown key fails
+and names the nearest valid one. Every default that the paper leaves open is a key here.
+"""
+
+from remix.config.algorithm import (
+    AdvantageConfig,
+    DrGRPOAdvantage,
+    GAEAdvantage,
+    GRPOAdvantage,
+    KLBudgetTrigger,
+    KLConfig,
+    LambdaSchedule,
+    LengthDropTrigger,
+    MixPolicyPhase,
+    ObjectiveConfig,
+    OnPolicyPhase,
+    PhaseConfig,
+    ReincarnationConfig,
+    RewardPlateauTrigger,
+    RLOOAdvantage,
+    RolloutsTrigger,
+    StepsTrigger,
+    Trigger,
+)
+from remix.config.block import Block, nearest
+from remix.config.data import (
+    ArithmeticTask,
+    ExactMatchReward,
+    FormatReward,
+    HubTask,
+    JsonlTask,
+    LengthReward,
+    MathReward,
+    PromptConfig,
+    PythonReward,
+    RewardConfig,
+    TaskConfig,
+)
+from remix.config.model import LoraAdapter, ModelConfig, ModelSize, NoAdapter, SeparateCritic, SharedCritic
+from remix.config.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
+from remix.config.rollout import BatchConfig, HFEngineConfig, RefillConfig, RolloutConfig, VLLMEngineConfig
+from remix.config.run import CheckpointConfig, EvalConfig, LogConfig, OptimizerConfig
+
+__all__ = [
+    "AdvantageConfig",
+    "ArithmeticTask",
+    "BatchConfig",
+    "Block",
+    "CheckpointConfig",
+    "DrGRPOAdvantage",
+    "EvalConfig",
+    "ExactMatchReward",
+    "FormatReward",
+    "GAEAdvantage",
+    "GRPOAdvantage",
+    "HFEngineConfig",
+    "HubTask",
+    "JsonlTask",
+    "KLBudgetTrigger",
+    "KLConfig",
+    "LambdaSchedule",
+    "LengthDropTrigger",
+    "LengthReward",
+    "LogConfig",
+    "LoraAdapter",
+    "MathReward",
+    "MixPolicyPhase",
+    "ModelConfig",
+    "ModelSize",
+    "NoAdapter",
+    "ObjectiveConfig",
+    "OnPolicyPhase",
+    "OptimizerConfig",
+    "PhaseConfig",
+    "PromptConfig",
+    "PythonReward",
+    "RLOOAdvantage",
+    "Recipe",
+    "RecipeError",
+    "RefillConfig",
+    "ReincarnationConfig",
+    "RewardConfig",
+    "RewardPlateauTrigger",
+    "RolloutConfig",
+    "RolloutsTrigger",
+    "SeparateCritic",
+    "SharedCritic",
+    "StepsTrigger",
+    "TaskConfig",
+    "Trigger",
+    "VLLMEngineConfig",
+    "dump_recipe",
+    "load_recipe",
+    "nearest",
+    "parse_recipe",
+]

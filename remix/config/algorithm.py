@@ -1,0 +1,173 @@
+"""The objective, the phases of a run, and what happens between them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from remix.config.block import Block, Fraction
+from remix.config.model import SeparateCritic, SharedCritic
+
+
+class GRPOAdvantage(Block):
+    type: Literal["grpo"] = "grpo"
+
+
+class DrGRPOAdvantage(Block):
+    """GRPO without division by the group's standard deviation."""
+
+    type: Literal["dr_grpo"] = "dr_grpo"
+
+
+class RLOOAdvantage(Block):
+    type: Literal["rloo"] = "rloo"
+
+
+class GAEAdvantage(Block):
+    """PPO: a critic's values and generalised advantage estimation."""
+
+    type: Literal["gae"] = "gae"
+    gamma: Fraction = 1.0
+    gae_lambda: Fraction = 1.0
+    whiten: bool = True
+    """Advantages of a batch to mean 0, standard deviation 1."""
+    vtrace_cap: PositiveFloat | None = None
+    """Weights min(cap, ρ) on replayed tokens; null = off."""
+    value_weight: NonNegativeFloat = 0.5
+    value_clip: PositiveFloat | None = 0.2
+    critic: Annotated[SharedCritic | SeparateCritic, Field(discriminator="type")] = SharedCritic()
+
+
+AdvantageConfig = Annotated[GRPOAdvantage | DrGRPOAdvantage | RLOOAdvantage | GAEAdvantage, Field(discriminator="type")]
+
+
+class ObjectiveConfig(Block):
+    type: Literal["mix_ppg", "gspo", "cispo"] = "mix_ppg"
+    """mix_ppg is PPO's and GRPO's clipped surrogate on fresh rollouts."""
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    constant: PositiveFloat | None = None
+    """Denominator per sequence under `aggregate: constant`; default `rollout.max_tokens`."""
+    entropy_weight: float = 1e-3
+    sampler_weight_cap: PositiveFloat | None = 2.0
+    """c of the truncated weight min(π_{k-i}/μ, c) against sampler mismatch; null = off.
+    Always off when the engine is the trainer's own module."""
+
+
+class LambdaSchedule(Block):
+    """λ(t) = max(start - drop·ceil(max(t - hold, 0) / every), floor). A fixed λ is drop: 0."""
+
+    start: Fraction = 1.0
+    hold: NonNegativeInt = 50
+    every: PositiveInt = 10
+    drop: Fraction = 0.1
+    floor: Fraction = 0.5
+
+
+class KLConfig(Block):
+    weight: NonNegativeFloat = 1e-3
+    """β; 0 = no KL term, and no forward pass for it."""
+    estimator: Literal["k1", "k2", "k3", "full"] = "k3"
+    place: Literal["loss", "reward"] = "loss"
+    importance_weighted: Literal["replayed", "all", "none"] = "replayed"
+    """Which tokens' estimates are weighted by the importance ratio, its gradient included."""
+    lambda_schedule: LambdaSchedule = LambdaSchedule(drop=0.0)
+    """λ weighs the reference, 1 - λ the precedent policy. Default: the reference alone."""
+
+    @property
+    def uses_precedent(self) -> bool:
+        schedule = self.lambda_schedule
+        return self.weight > 0 and (schedule.start < 1 or (schedule.drop > 0 and schedule.floor < 1))
+
+
+class StepsTrigger(Block):
+    """After so many steps of the phase."""
+
+    type: Literal["steps"] = "steps"
+    after: PositiveInt
+
+
+class RolloutsTrigger(Block):
+    """After so many rollouts generated in the phase."""
+
+    type: Literal["rollouts"] = "rollouts"
+    after: PositiveInt
+
+
+class RewardPlateauTrigger(Block):
+    """The mean reward of the last `window` steps is not `min_gain` above that of the `window` before."""
+
+    type: Literal["reward_plateau"] = "reward_plateau"
+    window: PositiveInt = 10
+    min_gain: float = 0.01
+
+
+class LengthDropTrigger(Block):
+    """The mean response length falls below `fraction` of that of the phase's first steps."""
+
+    type: Literal["length_drop"] = "length_drop"
+    fraction: Fraction = 0.5
+    window: PositiveInt = 5
+
+
+class KLBudgetTrigger(Block):
+    """The KL divergence to the reference exceeds so many nats per token."""
+
+    type: Literal["kl_budget"] = "kl_budget"
+    nats: PositiveFloat
+
+
+Trigger = Annotated[
+    StepsTrigger | RolloutsTrigger | RewardPlateauTrigger | LengthDropTrigger | KLBudgetTrigger,
+    Field(discriminator="type"),
+]
+
+
+class PhaseBlock(Block):
+    utd_ratio: PositiveInt = 1
+    """m: passes of optimiser updates over the batch."""
+    until: tuple[Trigger, ...] = ()
+    """The phase ends, and the policy reincarnates, as soon as one of these fires. The last phase has none."""
+
+
+class OnPolicyPhase(PhaseBlock):
+    """Every rollout of the batch is fresh."""
+
+    type: Literal["on_policy"] = "on_policy"
+
+    @property
+    def off_policy_fraction(self) -> float:
+        return 0.0
+
+    @property
+    def window(self) -> int:
+        return 0
+
+
+class MixPolicyPhase(PhaseBlock):
+    """A share of the batch is drawn from replay."""
+
+    type: Literal["mix_policy"] = "mix_policy"
+    utd_ratio: PositiveInt = 2
+    off_policy_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
+    """p."""
+    window: PositiveInt = 2
+    """N: how many past policies replay may use."""
+    lag_distribution: Literal["uniform", "geometric", "age"] = "uniform"
+    """ν: how lags are drawn: all alike, halving with each step of age, or in proportion to 1/age."""
+
+
+PhaseConfig = Annotated[OnPolicyPhase | MixPolicyPhase, Field(discriminator="type")]
+
+
+class ReincarnationConfig(Block):
+    """What happens where one phase ends and the next begins, besides reference ← policy."""
+
+    empty_replay: bool = True
+    reset_optimizer: bool = True
+    reset_critic: bool = False
+    restart_lambda: bool = True
+    lora: Literal["snapshot", "merge"] = "snapshot"
+    """snapshot: the reference is a frozen copy of the adapter. merge: fold it into the base, start a fresh one."""

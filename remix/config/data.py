@@ -1,0 +1,122 @@
+"""What the model is asked and how answers are rewarded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from remix.config.block import Block, Fraction
+
+
+class TaskBlock(Block):
+    weight: PositiveFloat = 1.0
+    """Share of this task among the prompts of a step, relative to the others'."""
+    holdout: Fraction = 0.02
+    """Share of a data set kept for evaluation where it has no evaluation split of its own."""
+
+
+class ArithmeticTask(TaskBlock):
+    """Generated arithmetic chains; held-out problems are disjoint by construction."""
+
+    type: Literal["arithmetic"] = "arithmetic"
+    kinds: tuple[str, ...] = ("sum",)
+    min_terms: PositiveInt = 3
+    max_terms: PositiveInt = 5
+    size: PositiveInt = 4096
+    seed: NonNegativeInt = 0
+
+
+class JsonlTask(TaskBlock):
+    """A local JSON-lines file, plain or .gz."""
+
+    type: Literal["jsonl"] = "jsonl"
+    path: str
+    eval_path: str | None = None
+    """Held-out problems; without it `holdout` is cut off `path`."""
+    problem: str = "problem"
+    answer: str = "answer"
+    id: str | None = "id"
+    limit: PositiveInt | None = None
+
+
+class HubTask(TaskBlock):
+    """Any data set that `datasets.load_dataset` reads."""
+
+    type: Literal["hub"] = "hub"
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    problem: str = "problem"
+    answer: str = "answer"
+    id: str | None = None
+    limit: PositiveInt | None = None
+
+
+TaskConfig = Annotated[ArithmeticTask | JsonlTask | HubTask, Field(discriminator="type")]
+
+
+class PromptConfig(Block):
+    template: str = "{problem}"
+    """What is put around a problem; {problem} is replaced, all else stays as it is."""
+    system: str | None = None
+    chat: Literal["auto", "always", "never"] = "auto"
+    """auto: the tokenizer's chat template where it has one."""
+    max_tokens: PositiveInt = 766
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of a prompt above `max_tokens`; truncate keeps its end."""
+
+
+class RewardBlock(Block):
+    weight: float = 1.0
+
+
+class ExactMatchReward(RewardBlock):
+    """1 if the answer is the gold string. The answer is what follows the last `after`, or the whole response."""
+
+    type: Literal["exact_match"] = "exact_match"
+    after: str | None = None
+
+
+class MathReward(RewardBlock):
+    """1 if the answer is mathematically equal to the gold answer."""
+
+    type: Literal["math"] = "math"
+    timeout: PositiveFloat = 5.0
+    """Seconds of wall clock for one answer."""
+    workers: PositiveInt = 2
+
+
+class FormatReward(RewardBlock):
+    """1 if the whole response matches the regular expression."""
+
+    type: Literal["format"] = "format"
+    pattern: str = r"(?s)<think>.*</think>.*\\boxed\{.*\}.*"
+
+
+class LengthReward(RewardBlock):
+    """0 up to `free_tokens`, then falling linearly to -1 at `max_tokens` (DAPO's soft overlong penalty)."""
+
+    type: Literal["length"] = "length"
+    free_tokens: NonNegativeInt
+    max_tokens: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.free_tokens >= self.max_tokens:
+            raise ValueError(f"free_tokens ({self.free_tokens}) must be below max_tokens ({self.max_tokens})")
+        return self
+
+
+class PythonReward(RewardBlock):
+    """Your own function, `module:function`, called as function(prompt, response) and returning a float."""
+
+    type: Literal["python"] = "python"
+    function: str
+
+
+RewardConfig = Annotated[
+    ExactMatchReward | MathReward | FormatReward | LengthReward | PythonReward, Field(discriminator="type")
+]

@@ -1,0 +1,61 @@
+"""The model, its adapter, the critic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from remix.config.block import Block, Fraction
+
+
+class ModelSize(Block):
+    """Dimensions of a hub model, so that `remix plan` can count memory without reading its config."""
+
+    parameters: PositiveInt
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    vocab_size: PositiveInt
+
+
+class ModelConfig(Block):
+    path: str
+    """Hub id or directory. A path that begins with ./ or ../ is relative to the recipe's file."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward passes. Trained weights are kept in float32 whatever this says."""
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    logits_chunk: PositiveInt = 2048
+    """Tokens whose logits are in memory at a time; the backward pass computes them again."""
+    size: ModelSize | None = None
+
+
+class NoAdapter(Block):
+    type: Literal["none"] = "none"
+
+
+class LoraAdapter(Block):
+    type: Literal["lora"] = "lora"
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Fraction = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+
+
+class SharedCritic(Block):
+    """A linear value head on the policy's own backbone."""
+
+    type: Literal["shared"] = "shared"
+    detach: bool = False
+    """True: the value loss does not reach the backbone."""
+
+
+class SeparateCritic(Block):
+    """A backbone of its own with a value head, loaded from `path`, or from the policy's base model."""
+
+    type: Literal["separate"] = "separate"
+    path: str | None = None

@@ -1,0 +1,238 @@
+"""A recipe: what a run is, as data. Here its blocks are joined, read and checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from remix.config.algorithm import (
+    AdvantageConfig,
+    GAEAdvantage,
+    GRPOAdvantage,
+    KLConfig,
+    MixPolicyPhase,
+    ObjectiveConfig,
+    OnPolicyPhase,
+    PhaseConfig,
+    ReincarnationConfig,
+)
+from remix.config.block import Block, nearest
+from remix.config.data import LengthReward, PromptConfig, RewardConfig, TaskConfig
+from remix.config.model import LoraAdapter, ModelConfig, NoAdapter, SeparateCritic, SharedCritic
+from remix.config.rollout import BatchConfig, RolloutConfig
+from remix.config.run import CheckpointConfig, EvalConfig, LogConfig, OptimizerConfig
+
+
+class Recipe(Block):
+    run_dir: str
+    seed: NonNegativeInt = 0
+    steps: PositiveInt
+    """Training steps of the whole plan; schedules refer to it."""
+    max_steps: NonNegativeInt | None = None
+    """Stop after this many, the plan unchanged; --resume goes on from there."""
+    model: ModelConfig
+    adapter: Annotated[NoAdapter | LoraAdapter, Field(discriminator="type")] = NoAdapter()
+    tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
+    prompt: PromptConfig = PromptConfig()
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    rollout: RolloutConfig = RolloutConfig()
+    batch: BatchConfig
+    advantage: AdvantageConfig = GRPOAdvantage()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    kl: KLConfig = KLConfig()
+    phases: Annotated[tuple[PhaseConfig, ...], Field(min_length=1)] = (OnPolicyPhase(),)
+    reincarnation: ReincarnationConfig = ReincarnationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def last_step(self) -> int:
+        """Where this run stops."""
+        return self.steps if self.max_steps is None else min(self.steps, self.max_steps)
+
+    @property
+    def critic(self) -> SharedCritic | SeparateCritic | None:
+        return self.advantage.critic if isinstance(self.advantage, GAEAdvantage) else None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = list(_contradictions(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def drops_uniform_groups(self) -> bool:
+        chosen = self.rollout.drop_uniform_groups
+        return not isinstance(self.advantage, GAEAdvantage) if chosen is None else chosen
+
+    def fresh_prompts(self, phase: PhaseConfig) -> int:
+        """(1 - p) of the batch, in prompts."""
+        return self.batch.prompts - round(phase.off_policy_fraction * self.batch.prompts)
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """What no single block can see; each says the remedy."""
+    rollout, batch, kl = recipe.rollout, recipe.batch, recipe.kl
+    gae = isinstance(recipe.advantage, GAEAdvantage)
+    if not gae and rollout.group_size < 2:
+        yield (
+            f"advantage.type {recipe.advantage.type} compares responses to one prompt: "
+            "set rollout.group_size to 2 or more, or advantage.type to gae"
+        )
+    if gae and (rollout.drop_uniform_groups or rollout.refill.max_rounds):
+        yield (
+            "under advantage.type gae equal rewards still carry a gradient: "
+            "remove rollout.drop_uniform_groups and rollout.refill, or choose a group-relative advantage"
+        )
+    if not recipe.drops_uniform_groups and rollout.refill.max_rounds:
+        yield "rollout.refill replaces dropped groups: set rollout.drop_uniform_groups to true, or remove refill"
+    if batch.minibatches > batch.prompts * rollout.group_size:
+        yield (
+            f"batch.minibatches ({batch.minibatches}) exceeds the {batch.prompts * rollout.group_size} responses "
+            "of a batch (batch.prompts x rollout.group_size): lower it"
+        )
+    for index, phase in enumerate(recipe.phases):
+        last = index == len(recipe.phases) - 1
+        if last and phase.until:
+            yield f"phases.{index} is the last and runs to the end: remove its `until`, or add a phase after it"
+        if not last and not phase.until:
+            yield f"phases.{index} never ends: give it `until`, for example [{{type: steps, after: 50}}]"
+        if isinstance(phase, MixPolicyPhase) and phase.off_policy_fraction > 0:
+            fresh = recipe.fresh_prompts(phase)
+            if not 0 < fresh < batch.prompts:
+                yield (
+                    f"phases.{index}.off_policy_fraction {phase.off_policy_fraction} of batch.prompts {batch.prompts} "
+                    f"leaves {fresh} fresh and {batch.prompts - fresh} replayed prompts: raise batch.prompts"
+                )
+    if kl.place == "reward" and kl.estimator == "full":
+        yield "kl.estimator full is not a per-token estimate: set kl.place to loss, or kl.estimator to k1, k2 or k3"
+    if recipe.reincarnation.lora == "merge" and recipe.adapter.type != "lora":
+        yield "reincarnation.lora merge needs adapter.type lora"
+    if "{problem}" not in recipe.prompt.template:
+        yield "prompt.template must contain {problem}, where the problem's text goes"
+    for index, reward in enumerate(recipe.rewards):
+        if isinstance(reward, LengthReward) and reward.max_tokens > rollout.max_tokens:
+            yield (
+                f"rewards.{index}.max_tokens ({reward.max_tokens}) exceeds rollout.max_tokens "
+                f"({rollout.max_tokens}), so the full penalty is never reached: lower it"
+            )
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. The message names file, key, cause and remedy."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies `dotted.key=value` overrides, whose values are YAML.
+
+    Raises RecipeError.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; recipes are YAML files, see recipes/") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a directory; name one of its recipes") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, this holds {type(data).__name__}")
+    data = _anchor_paths(data, path.parent)
+    for override in overrides:
+        _apply(data, override)
+    return parse_recipe(data, source=str(path))
+
+
+def parse_recipe(data: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Checks plain data against the schema. Raises RecipeError with one line a problem."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _anchor_paths(data: Any, folder: Path) -> Any:
+    """Makes paths that begin with ./ or ../ absolute, relative to the recipe's folder."""
+    if isinstance(data, list):
+        return [_anchor_paths(item, folder) for item in data]
+    if not isinstance(data, dict):
+        return data
+    return {
+        key: str((folder / value).resolve())
+        if key in ("path", "eval_path") and isinstance(value, str) and value.startswith(("./", "../"))
+        else _anchor_paths(value, folder)
+        for key, value in data.items()
+    }
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override '{override}': expected dotted.key=value, for example optimizer.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.split(".")
+    node: Any = data
+    for name in parents:
+        if isinstance(node, list):
+            node = node[_index(node, name, override)]
+        elif isinstance(node, dict):
+            # A block that the file leaves out, or sets to null, takes its defaults beside the override.
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
+        else:
+            raise RecipeError(f"override '{override}': '{name}' lies inside a plain value")
+    if isinstance(node, list):
+        node[_index(node, leaf, override)] = value
+    elif isinstance(node, dict):
+        node[leaf] = value
+    else:
+        raise RecipeError(f"override '{override}': '{leaf}' lies inside a plain value")
+
+
+def _index(items: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise RecipeError(f"override '{override}': '{name}' must be an index from 0 to {len(items) - 1}")
+    return int(name)
+
+
+def _explain(problem: Any) -> str:
+    # A discriminated union puts the chosen tag into the location; it is no key of the file.
+    where = ".".join(str(part) for i, part in enumerate(problem["loc"]) if i == 0 or part not in _TAGS)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "union_tag_invalid":
+        tags = [tag.strip().strip("'") for tag in problem["ctx"]["expected_tags"].split(",")]
+        where, tag = f"{where}.type", problem["ctx"]["tag"]
+        message = f"unknown type '{tag}'; {nearest(tag, tags)}"
+    elif problem["type"] == "union_tag_not_found":
+        message = "`type` is missing"
+    elif problem["type"] == "missing":
+        message = "is required"
+    elif not isinstance(problem["input"], dict):
+        message = f"{message}, got {problem['input']!r}"
+    return f"{where}: {message}" if where else message
+
+
+def _blocks(base: type[Block] = Block) -> Iterator[type[Block]]:
+    for block in base.__subclasses__():
+        yield block
+        yield from _blocks(block)
+
+
+_TAGS = {block.model_fields["type"].default for block in _blocks() if "type" in block.model_fields}

@@ -1,0 +1,61 @@
+"""How rollouts are sampled and put into batches."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from remix.config.block import Block, Fraction
+
+
+class HFEngineConfig(Block):
+    """transformers' `generate` on the trainer's own module."""
+
+    type: Literal["hf"] = "hf"
+    batch_size: PositiveInt = 256
+    """Responses generated side by side."""
+
+
+class VLLMEngineConfig(Block):
+    """vLLM in the trainer's process."""
+
+    type: Literal["vllm"] = "vllm"
+    memory_fraction: Fraction = 0.4
+    """Share of a GPU's memory that vLLM takes."""
+    kv_cache_gib: PositiveFloat = 0.25
+    """Cache size on a machine without a GPU."""
+    enforce_eager: bool = False
+
+
+class RefillConfig(Block):
+    """Dynamic sampling (DAPO): groups whose rewards are all equal are sampled anew from further prompts."""
+
+    max_rounds: NonNegativeInt = 0
+    """Further rounds of sampling a step may spend; 0 = off."""
+
+
+class RolloutConfig(Block):
+    engine: Annotated[HFEngineConfig | VLLMEngineConfig, Field(discriminator="type")] = HFEngineConfig()
+    group_size: PositiveInt = 8
+    """Responses to one prompt."""
+    temperature: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 1024
+    mask_overlong: bool = False
+    """Leave truncated responses out of loss and denominator."""
+    drop_uniform_groups: bool | None = None
+    """Groups whose rewards are all equal are neither trained on nor stored for replay.
+    Default: true for group-relative advantages, where they carry no gradient; false under gae."""
+    refill: RefillConfig = RefillConfig()
+    probe_tolerance: PositiveFloat | None = None
+    """Largest mean |log-prob difference| between engine and trainer after a weight sync.
+    Default: 1e-3 in float32, 0.05 in bfloat16."""
+
+
+class BatchConfig(Block):
+    prompts: PositiveInt
+    """Groups in a training step's batch, fresh and replayed together."""
+    minibatches: PositiveInt = 1
+    """Optimiser steps in one pass over the batch."""
+    tokens_per_microbatch: PositiveInt = 16384
+    """Padded prompt + response tokens of one forward and backward pass on one device."""
