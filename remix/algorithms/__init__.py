@@ -1,0 +1,58 @@
+"""The equations: pure torch, one function each, per token and without reduction until `aggregate`."""
+
+from remix.algorithms.advantages import (
+    dr_grpo_advantage,
+    gae,
+    group_relative_advantage,
+    rloo_advantage,
+    vtrace_gae,
+    whiten,
+)
+from remix.algorithms.divergences import entropy, importance_weighted, kl_convex, kl_estimate, kl_full
+from remix.algorithms.losses import (
+    aggregate,
+    cispo,
+    clipped_surrogate,
+    clipped_value_loss,
+    gspo,
+    is_clipped,
+    mix_ppg,
+)
+from remix.algorithms.ratios import (
+    LOG_RATIO_LIMIT,
+    effective_sample_size,
+    importance_ratio,
+    log_ratio,
+    sequence_log_ratio,
+    truncated_importance_weight,
+)
+from remix.algorithms.schedules import lambda_decay, overlong_penalty
+
+__all__ = [
+    "LOG_RATIO_LIMIT",
+    "aggregate",
+    "cispo",
+    "clipped_surrogate",
+    "clipped_value_loss",
+    "dr_grpo_advantage",
+    "effective_sample_size",
+    "entropy",
+    "gae",
+    "group_relative_advantage",
+    "gspo",
+    "importance_ratio",
+    "importance_weighted",
+    "is_clipped",
+    "kl_convex",
+    "kl_estimate",
+    "kl_full",
+    "lambda_decay",
+    "log_ratio",
+    "mix_ppg",
+    "overlong_penalty",
+    "rloo_advantage",
+    "sequence_log_ratio",
+    "truncated_importance_weight",
+    "vtrace_gae",
+    "whiten",
+]
