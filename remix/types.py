@@ -160,8 +160,6 @@ class Sample:
     """Steps between the policy that sampled it and the one that trains on it; 0 = fresh."""
     advantages: Tensor
     """[R] float32."""
-    trained: bool = True
-    """False: left out of loss and denominator (an overlong response under `rollout.overlong.mask`)."""
     proximal_logprobs: Tensor | None = None
     """[R] float32, by π_k."""
     precedent_logprobs: Tensor | None = None
@@ -173,8 +171,8 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that count in the denominator."""
-        return self.rollout.response_ids.numel() if self.trained else 0
+        """Trained tokens: R."""
+        return self.rollout.response_ids.numel()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,7 +184,7 @@ class Batch:
     attention_mask: Tensor
     """[B, S] bool, True = a real token."""
     response_mask: Tensor
-    """[B, T] bool, True = trained: a response token of a sample that counts."""
+    """[B, T] bool, True = trained: a response token."""
     advantages: Tensor
     """[B, T] float32."""
     behaviour_logprobs: Tensor

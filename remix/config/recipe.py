@@ -13,6 +13,7 @@ from remix.config.algorithm import (
     AdvantageConfig,
     GAEAdvantage,
     GRPOAdvantage,
+    KLBudgetTrigger,
     KLConfig,
     MixPolicyPhase,
     ObjectiveConfig,
@@ -111,10 +112,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                     f"phases.{index}.off_policy_fraction {phase.off_policy_fraction} of batch.prompts {batch.prompts} "
                     f"leaves {fresh} fresh and {batch.prompts - fresh} replayed prompts: raise batch.prompts"
                 )
+        if kl.weight == 0 and any(isinstance(trigger, KLBudgetTrigger) for trigger in phase.until):
+            yield f"phases.{index}: a kl_budget needs the KL measured: set kl.weight above 0, or remove the trigger"
     if kl.place == "reward" and kl.estimator == "full":
         yield "kl.estimator full is not a per-token estimate: set kl.place to loss, or kl.estimator to k1, k2 or k3"
     if recipe.reincarnation.lora == "merge" and recipe.adapter.type != "lora":
         yield "reincarnation.lora merge needs adapter.type lora"
+    if recipe.reincarnation.lora == "merge" and isinstance(recipe.adapter, LoraAdapter) and recipe.adapter.dora:
+        yield "reincarnation.lora merge cannot start a DoRA adapter anew: set it to snapshot, or adapter.dora to false"
     if "{problem}" not in recipe.prompt.template:
         yield "prompt.template must contain {problem}, where the problem's text goes"
     for index, reward in enumerate(recipe.rewards):

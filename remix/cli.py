@@ -1,0 +1,215 @@
+"""remix plan | train"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+# Nothing heavy up here: `remix --help` answers at once.
+
+WORDS = "RECIPE [key=value ...]"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MOST_THREADS = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    # argparse gives up on `key=value` after an option; these are they.
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    recipe, overrides = _split([*args.words, *rest])
+    try:
+        return int(args.command(args, recipe, overrides))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="remix", description="Reinforcement fine-tuning of language models that replays its rollouts."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    plan = commands.add_parser(
+        "plan",
+        usage=f"remix plan [--processes N] [--json] {WORDS}",
+        help="what a recipe amounts to: batches, optimiser steps, rollouts, memory",
+        description="Checks a recipe and prints what it amounts to. Loads no model.",
+    )
+    plan.set_defaults(command=_plan)
+    plan.add_argument("--processes", type=int, default=1, metavar="N", help="processes it will run on (default 1)")
+    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+
+    train = commands.add_parser(
+        "train",
+        usage=f"remix train [--config_file FILE] [--resume RUN_DIR] {WORDS}",
+        help="run a recipe",
+        description="Runs a recipe under `accelerate launch`.",
+    )
+    train.set_defaults(command=_train)
+    train.add_argument("--config_file", metavar="FILE", help="accelerate configuration, see recipes/accelerate/")
+    train.add_argument("--resume", metavar="RUN_DIR", help="go on from its last checkpoint; RECIPE may be left out")
+
+    for command in (plan, train):
+        command.add_argument(
+            "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"
+        )
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"remix {version('remix-rl')}")
+        raise SystemExit(0)
+
+
+def _split(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe, if one is named, and the overrides."""
+    named = bool(words) and ("=" not in words[0] or Path(words[0]).is_file())
+    return (words[0] if named else None), list(words[named:])
+
+
+# --- remix plan ---------------------------------------------------------------------------------------------------
+
+
+def _plan(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]) -> int:
+    from remix.config import load_recipe
+    from remix.training.plan import make_plan
+
+    if recipe is None:
+        raise ValueError("name a recipe, for example: remix plan recipes/embedded/remix_grpo.yaml")
+    plan = make_plan(load_recipe(recipe, overrides), _at_least_one("--processes", args.processes))
+    if args.json:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(plan), indent=2))
+        return 0
+    from rich.console import Console
+
+    from remix.training.plan_view import render
+
+    Console().print(render(plan))
+    return 0
+
+
+def _at_least_one(option: str, number: Any) -> int:
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{option} must be a whole number from 1, not {number!r}")
+    return number
+
+
+# --- remix train --------------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]) -> int:
+    from remix.config import load_recipe
+    from remix.training.plan import make_plan
+
+    if recipe is None:
+        if args.resume is None:
+            raise ValueError("name a recipe, or a run to go on with: remix train --resume RUN_DIR")
+        recipe = str(Path(args.resume) / "recipe.yaml")
+    processes = _processes(args.config_file)
+    # Here rather than only in the launched process, so that a mistake is one line and takes no seconds.
+    make_plan(load_recipe(recipe, overrides), processes)
+    command = [*_launcher(args.config_file), "-m", "remix.train", recipe, *overrides]
+    if args.resume is not None:
+        command += ["--resume", args.resume]
+    return run_in_front(command, {**os.environ, **threads(os.environ, processes)})
+
+
+def _processes(config_file: str | None) -> int:
+    if config_file is None:
+        return 1
+    import yaml
+
+    if not Path(config_file).is_file():
+        raise ValueError(f"--config_file {config_file}: no such file, see recipes/accelerate/")
+    try:
+        config = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config_file {config_file}: not readable as YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--config_file {config_file}: not an accelerate configuration, see recipes/accelerate/")
+    return _at_least_one(f"--config_file {config_file}: num_processes", config.get("num_processes", 1))
+
+
+def _launcher(config_file: str | None) -> list[str]:
+    # Quiet: a failed run has said why itself; the launcher's own stack trace would bury it.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    if config_file is not None:
+        return [*launch, "--config_file", config_file]
+    # Every choice spelled out, or accelerate lists its defaults in a warning.
+    launch += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return launch if has_gpu(os.environ) else [*launch, "--cpu"]
+
+
+def has_gpu(environ: Mapping[str, str], devices: Path = Path("/dev")) -> bool:
+    """Whether a GPU of NVIDIA or AMD is there and not hidden, without importing torch."""
+    if environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return False
+    return any(devices.glob("nvidia[0-9]*")) or (devices / "kfd").exists()
+
+
+def threads(environ: Mapping[str, str], processes: int) -> dict[str, str]:
+    """OpenMP's settings, where the user has none. Its threads spin while they wait, which on cores that anyone
+    else uses makes a step many times slower: they are told to sleep."""
+    if "OMP_NUM_THREADS" in environ:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(max(cores // processes, 1), MOST_THREADS)
+    return {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+
+
+def run_in_front(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Runs a command, hands signals on to it once and to all its processes, and returns its exit code.
+
+    It has a session of its own: on Ctrl-C a terminal signals whatever it can reach, and a run that saves its state on
+    the first interrupt would be killed by the second.
+    """
+    process = subprocess.Popen(command, env=dict(environ), start_new_session=True)
+
+    def forward(number: int, _: FrameType | None) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        code = process.wait()
+        _wait_for_group(process.pid)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
+
+
+def _wait_for_group(leader: int) -> None:
+    """A launcher that a signal has ended may leave a trainer behind that is still saving."""
+    with suppress(ProcessLookupError, PermissionError):
+        while True:
+            os.killpg(leader, 0)
+            time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

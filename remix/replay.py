@@ -1,0 +1,190 @@
+"""What is kept of the rollouts, how lags are drawn, how fresh and stale are mixed.
+
+The store on disk is the rollout log: one Parquet shard per training step, which anyone opens with `datasets` and
+from which a resumed run takes its replay back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from remix.types import Prompt, Rollout, RolloutGroup, Score
+
+LagDistribution = Literal["uniform", "geometric", "age"]
+
+
+def lag_weights(lags: Sequence[int], distribution: LagDistribution) -> np.ndarray:
+    """ν over the given lags (>= 1), summing to 1: uniform, proportional to 2^-lag, or to 1/lag."""
+    lags_ = np.asarray(lags, dtype=np.float64)
+    weights = {"uniform": np.ones_like(lags_), "geometric": 2.0**-lags_, "age": 1.0 / lags_}[distribution]
+    normalised: np.ndarray = weights / weights.sum()
+    return normalised
+
+
+class ReplayBuffer:
+    """Whole groups of past steps, by the policy version that sampled them."""
+
+    def __init__(self, window: int) -> None:
+        """`window`: N, the oldest lag that may still be drawn, over all phases."""
+        self.window = window
+        self._groups: dict[int, tuple[RolloutGroup, ...]] = {}
+
+    def add(self, groups: Iterable[RolloutGroup], step: int) -> None:
+        """Keeps the groups sampled at `step` and forgets those that have left the window."""
+        self._groups[step] = tuple(groups)
+        for version in [version for version in self._groups if step - version >= self.window]:
+            del self._groups[version]
+
+    def clear(self) -> None:
+        self._groups.clear()
+
+    @property
+    def versions(self) -> list[int]:
+        """Policy versions held, oldest first."""
+        return sorted(self._groups)
+
+    def available(self, step: int, window: int) -> int:
+        """Groups that step may draw: lags 1..window."""
+        return sum(len(groups) for version, groups in self._groups.items() if 1 <= step - version <= window)
+
+    def draw(
+        self, count: int, *, step: int, window: int, distribution: LagDistribution, rng: np.random.Generator
+    ) -> list[RolloutGroup]:
+        """`count` groups without repetition: for each a lag i ~ ν over those not yet exhausted, then one of its
+        groups. Fewer where fewer are there."""
+        pools = {
+            step - version: list(groups)
+            for version, groups in sorted(self._groups.items())
+            if 1 <= step - version <= window and groups
+        }
+        drawn: list[RolloutGroup] = []
+        while pools and len(drawn) < count:
+            lags = sorted(pools)
+            lag = lags[rng.choice(len(lags), p=lag_weights(lags, distribution))]
+            drawn.append(pools[lag].pop(rng.integers(len(pools[lag]))))
+            if not pools[lag]:
+                del pools[lag]
+        return drawn
+
+
+# --- the rollout log ----------------------------------------------------------------------------------------------
+
+_TOKENS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+_SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("group", pa.int32()),
+        ("sample", pa.int32()),
+        ("task", pa.string()),
+        ("prompt_id", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("response", pa.string()),
+        ("reward", pa.float64()),
+        ("verdict", pa.string()),
+        ("reward_parts", pa.string()),
+        ("finish_reason", pa.string()),
+        ("replayable", pa.bool_()),
+        ("policy_version", pa.int32()),
+        ("seed", pa.int64()),
+        ("prompt_ids", _TOKENS),
+        ("response_ids", _TOKENS),
+        ("sampler_logprobs", _FLOATS),
+        ("behaviour_logprobs", _FLOATS),
+        ("reference_logprobs", _FLOATS),
+        ("precedent_logprobs", _FLOATS),
+        ("advantage", _FLOATS),
+    ]
+)
+
+
+def shard_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "rollouts" / f"step={step:06d}.parquet"
+
+
+def write_shard(path: Path, step: int, kept: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup] = ()) -> None:
+    """Writes every rollout of a step; `dropped` groups are logged but not replayed. The file appears whole or not."""
+    rows = [
+        _row(step, index, sample, group, rollout, replayable=index < len(kept))
+        for index, group in enumerate([*kept, *dropped])
+        for sample, rollout in enumerate(group.rollouts)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def read_shard(path: Path) -> list[RolloutGroup]:
+    """The replayable groups of a step, as they were written."""
+    groups: dict[int, list[tuple[Prompt, Rollout]]] = {}
+    for row in pq.read_table(path, schema=_SCHEMA).to_pylist():
+        if row["replayable"]:
+            groups.setdefault(row["group"], []).append(_rollout(row))
+    return [RolloutGroup(members[0][0], tuple(rollout for _, rollout in members)) for members in groups.values()]
+
+
+def _row(
+    step: int, index: int, sample: int, group: RolloutGroup, rollout: Rollout, *, replayable: bool
+) -> dict[str, Any]:
+    prompt, score = group.prompt, rollout.score
+    assert score is not None, "a rollout is logged after it was scored"
+    return {
+        "step": step,
+        "group": index,
+        "sample": sample,
+        "task": prompt.task,
+        "prompt_id": prompt.id,
+        "prompt": prompt.content if isinstance(prompt.content, str) else json.dumps([dict(m) for m in prompt.content]),
+        "answer": prompt.answer,
+        "response": rollout.text,
+        "reward": score.value,
+        "verdict": score.verdict,
+        "reward_parts": json.dumps(dict(score.parts)),
+        "finish_reason": rollout.finish_reason,
+        "replayable": replayable,
+        "policy_version": rollout.policy_version,
+        "seed": rollout.seed,
+        "prompt_ids": rollout.prompt_ids.numpy(),
+        "response_ids": rollout.response_ids.numpy(),
+        "sampler_logprobs": rollout.sampler_logprobs.numpy(),
+        "behaviour_logprobs": _array(rollout.behaviour_logprobs),
+        "reference_logprobs": _array(rollout.reference_logprobs),
+        "precedent_logprobs": _array(rollout.precedent_logprobs),
+        "advantage": _array(rollout.advantage),
+    }
+
+
+def _rollout(row: dict[str, Any]) -> tuple[Prompt, Rollout]:
+    def floats(name: str) -> Tensor | None:
+        return None if row[name] is None else torch.tensor(row[name], dtype=torch.float32)
+
+    prompt = Prompt(row["prompt_id"], row["prompt"], row["answer"], row["task"], tuple(row["prompt_ids"]))
+    return prompt, Rollout(
+        prompt_ids=torch.tensor(row["prompt_ids"]),
+        response_ids=torch.tensor(row["response_ids"]),
+        sampler_logprobs=torch.tensor(row["sampler_logprobs"], dtype=torch.float32),
+        policy_version=row["policy_version"],
+        finish_reason=row["finish_reason"],
+        seed=row["seed"],
+        text=row["response"],
+        score=Score(row["reward"], row["verdict"], json.loads(row["reward_parts"])),
+        advantage=floats("advantage"),
+        behaviour_logprobs=floats("behaviour_logprobs"),
+        reference_logprobs=floats("reference_logprobs"),
+        precedent_logprobs=floats("precedent_logprobs"),
+    )
+
+
+def _array(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.numpy()

@@ -1,0 +1,163 @@
+"""What a run shows while it runs: a live bar in a terminal, one plain line per step in a log file."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+REWARD, PASS_AT_1, ROLLOUTS = "reward/mean", "eval/pass@1", "rollouts"
+"""The metrics shown, where a step has them; the last value stays until there is a newer one."""
+
+RECENT_STEPS = 20
+"""Steps over which pace is averaged."""
+
+_ESCAPES = re.compile(
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links
+    r"|[\x1b\x9b]\[?[0-?]*[ -/]*[@-~]"  # colours, cursor movements
+)
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
+    "\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they turn the writing direction of what follows
+    "\ud800-\udfff]"  # halves of characters, which no terminal can be sent
+)
+
+
+def printable(text: str) -> str:
+    """Text from a model, safe to show: it can move no cursor, change no colour, hide nothing."""
+    return _INVISIBLE.sub("", _ESCAPES.sub("", text))
+
+
+class Progress:
+    """A context manager. `step` counts training steps done, so the last update is `update(total_steps, ...)`.
+
+    In a terminal the display redraws itself; anywhere else each update is a line of plain text.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run_dir: str,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        base_pass_at_1: float | None = None,
+        enabled: bool = True,
+        console: Console | None = None,
+    ) -> None:
+        """`first_step`: done before, of a resumed run. `base_pass_at_1`: of the untrained model, where it is known;
+        otherwise the first one reported is taken for it. `enabled`: False on all processes but one."""
+        self.name, self.run_dir, self.total_steps = name, run_dir, total_steps
+        self.step = first_step
+        self.phase = ""
+        self._base = base_pass_at_1
+        self._metrics: dict[str, float] = {}
+        self._stage = "starting"
+        self._enabled = enabled
+        self._console = console or Console()
+        self._spinner = Spinner("dots")
+        self._started = time.monotonic()
+        self._marks: deque[tuple[int, float]] = deque([(first_step, self._started)], maxlen=RECENT_STEPS + 1)
+        live = enabled and self._console.is_interactive
+        self._live = Live(get_renderable=self._display, console=self._console, refresh_per_second=4) if live else None
+
+    def __enter__(self) -> Self:
+        self._started = time.monotonic()
+        self._marks = deque([(self.step, self._started)], maxlen=RECENT_STEPS + 1)
+        if self._live is not None:
+            self._live.start()
+        else:
+            self._line(f"{self.name} -> {self.run_dir}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._stage = "stopped" if kind else "done"
+            self._live.stop()
+
+    def update(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
+        """After a training step, and with step 0 after the evaluation of the untrained model."""
+        self.step, self.phase = step, phase
+        self._metrics.update(metrics)
+        if self._base is None:
+            self._base = metrics.get(PASS_AT_1)
+        if step > self._marks[-1][0]:
+            self._marks.append((step, time.monotonic()))
+        if self._live is None:
+            self._line("  ".join([f"step {step}/{self.total_steps}", phase, *self._facts(), *self._clocks()]))
+
+    def stage(self, name: str) -> None:
+        """What is going on inside the step: sampling, scoring, updating, ..."""
+        self._stage = name
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+        if self._live is not None:
+            self._live.console.print(Text(printable(text)))
+        else:
+            self._line(text)
+
+    # --- what is shown ---
+
+    def _line(self, text: str) -> None:
+        if self._enabled:
+            self._console.out(printable(text), highlight=False)
+
+    def _display(self) -> RenderableType:
+        head = Text.assemble((self.name, "bold"), ("  ->  ", "dim"), (self.run_dir, "dim"), no_wrap=True)
+        bar = Table.grid(padding=(0, 2), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1, min_width=10)
+        bar.add_column(no_wrap=True)
+        busy = Table.grid(padding=(0, 1))
+        busy.add_row("" if self._stage in ("done", "stopped") else self._spinner, Text(self._stage, style="cyan"))
+        bar.add_row(
+            Text.assemble((self.phase or "warming up", "magenta"), f"  {self.step:,}/{self.total_steps:,}"),
+            ProgressBar(
+                total=max(self.total_steps, 1), completed=self.step, complete_style="cyan", finished_style="green"
+            ),
+            busy,
+        )
+        facts = Text("   ").join([Text(fact) for fact in self._facts()])
+        return Group(head, bar, *([facts] if facts else []), Text("   ".join(self._clocks()), style="dim"))
+
+    def _facts(self) -> Iterator[str]:
+        shown = self._metrics
+        if REWARD in shown:
+            yield f"reward {shown[REWARD]:.3f}"
+        if PASS_AT_1 in shown:
+            base = "" if self._base in (None, shown[PASS_AT_1]) else f" (base {self._base:.1%})"
+            yield f"pass@1 {shown[PASS_AT_1]:.1%}{base}"
+        if ROLLOUTS in shown:
+            yield f"rollouts {shown[ROLLOUTS]:,.0f}"
+
+    def _clocks(self) -> Iterator[str]:
+        pace = self._seconds_per_step()
+        if pace is not None:
+            yield f"{pace:.2g} s/step" if pace < 10 else f"{pace:,.0f} s/step"
+        yield f"elapsed {clock(time.monotonic() - self._started)}"
+        if pace is not None and self.step < self.total_steps:
+            yield f"left {clock(pace * (self.total_steps - self.step))}"
+
+    def _seconds_per_step(self) -> float | None:
+        (first, began), (last, ended) = self._marks[0], self._marks[-1]
+        return (ended - began) / (last - first) if last > first else None
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"

@@ -1,0 +1,81 @@
+"""What a run leaves behind to read: metrics, completions, the result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from remix.types import RolloutGroup
+
+
+class RunLog:
+    """Lines of JSON, flushed as they are written. `from_step` cuts off what lies beyond the step resumed from."""
+
+    def __init__(self, run_dir: Path, *, from_step: int = 0, enabled: bool = True) -> None:
+        """`enabled` is False on every process but the first: one run, one log."""
+        self.metrics_path = run_dir / "metrics.jsonl"
+        self.completions_path = run_dir / "completions.jsonl"
+        self.enabled = enabled
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for path in (self.metrics_path, self.completions_path):
+            _keep_before(path, from_step)
+
+    def log(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        self._append(self.metrics_path, [{"step": step, "phase": phase, **metrics}])
+
+    def log_completions(self, step: int, groups: Sequence[RolloutGroup], count: int) -> None:
+        """The first response of each of the first groups."""
+        rows = [
+            {
+                "step": step,
+                "prompt_id": group.prompt.id,
+                "prompt": group.prompt.content if isinstance(group.prompt.content, str) else [*group.prompt.content],
+                "answer": group.prompt.answer,
+                "response": rollout.text,
+                "reward": rollout.score.value if rollout.score else None,
+                "verdict": rollout.score.verdict if rollout.score else None,
+            }
+            for group in groups[:count]
+            for rollout in group.rollouts[:1]
+        ]
+        self._append(self.completions_path, rows)
+
+    def _append(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self.enabled:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    return _read(run_dir / "metrics.jsonl")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _keep_before(path: Path, step: int) -> None:
+    rows = [row for row in _read(path) if row["step"] < step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,82 @@
+"""What `accelerate launch -m remix.train RECIPE [key=value ...] [--resume RUN_DIR]` enters: parses, plans, runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 training stopped on an error, 2 the request itself is wrong."""
+    parser = argparse.ArgumentParser(prog="remix.train", description="Trains a recipe.")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; with --resume the run's own")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, for example seed=1")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run, in place")
+    options = parser.parse_args(arguments)
+    # Spinning OpenMP threads on shared cores cost more than they give; torch reads these when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from remix.config import load_recipe
+    from remix.training.plan import make_plan
+    from remix.training.update import TrainingError
+
+    try:
+        path, overrides = _request(options.recipe, options.overrides, options.resume)
+        recipe = load_recipe(path, overrides)
+        make_plan(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        _check_run_dir(Path(recipe.run_dir), resume=options.resume is not None)
+        run(recipe, path, resume=options.resume is not None)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(recipe: Any, recipe_path: str, *, resume: bool) -> None:
+    """Trains a recipe to its last step and writes final/ and result.json into its run directory."""
+    from transformers.utils import logging
+
+    from remix.tracking.progress import Progress
+    from remix.training.build import open_trainer
+    from remix.training.distributed import Cluster
+    from remix.training.finish import finish
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir))
+    progress = Progress(Path(recipe_path).stem, recipe.run_dir, recipe.last_step, enabled=cluster.is_main)
+    with progress, open_trainer(recipe, cluster, progress, resume=resume) as trainer:
+        trainer.fit()
+        finish(trainer, recipe_path)
+
+
+def _request(recipe: str | None, overrides: list[str], resume: str | None) -> tuple[str, list[str]]:
+    """The recipe file and its overrides. A resumed run stays in its directory."""
+    if resume is None:
+        if recipe is None:
+            raise ValueError("name a recipe, for example recipes/embedded/remix_grpo.yaml")
+        return recipe, overrides
+    if recipe is not None and "=" in recipe:  # no recipe given, the first override took its place
+        overrides, recipe = [recipe, *overrides], None
+    own = Path(resume) / "recipe.yaml"
+    if not own.exists():
+        raise ValueError(f"--resume {resume}: no run there (recipe.yaml is missing)")
+    return recipe or str(own), [*overrides, f"run_dir={resume}"]
+
+
+def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
+    if not resume and (run_dir / "metrics.jsonl").exists():
+        raise ValueError(
+            f"run_dir {run_dir} already holds a run: add --resume {run_dir} to go on with it, or choose another run_dir"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

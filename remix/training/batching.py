@@ -1,0 +1,46 @@
+"""Samples side by side as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from remix.models.policy import token_tensors
+from remix.types import Batch, Sample
+
+
+def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
+    """[R] tensors of each sample into right-padded [B, T], zero outside the response."""
+    input_ids, attention_mask, response_mask = token_tensors([sample.rollout for sample in samples])
+
+    def scattered(field: Callable[[Sample], Tensor | None]) -> Tensor | None:
+        """Rows of the mask are filled in order, so the responses one after the other land in their places."""
+        rows = [field(sample) for sample in samples]
+        present = [row for row in rows if row is not None]
+        if not present:
+            return None
+        assert len(present) == len(rows), "a quantity is known for every sample of a batch or for none"
+        full = torch.zeros(response_mask.shape).masked_scatter(response_mask, torch.cat(present))
+        return full.to(device)
+
+    def required(field: Callable[[Sample], Tensor | None]) -> Tensor:
+        tensor = scattered(field)
+        assert tensor is not None
+        return tensor
+
+    return Batch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        response_mask=response_mask.to(device),
+        advantages=required(lambda s: s.advantages),
+        behaviour_logprobs=required(lambda s: s.rollout.behaviour_logprobs),
+        proximal_logprobs=required(lambda s: s.proximal_logprobs),
+        sampler_logprobs=required(lambda s: s.rollout.sampler_logprobs),
+        policy_lag=torch.tensor([sample.policy_lag for sample in samples], device=device),
+        reference_logprobs=scattered(lambda s: s.rollout.reference_logprobs),
+        precedent_logprobs=scattered(lambda s: s.precedent_logprobs),
+        values=scattered(lambda s: s.values),
+        returns=scattered(lambda s: s.returns),
+    )

@@ -1,0 +1,107 @@
+"""From a recipe to a trainer with all its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from remix import checkpoint
+from remix.config import HFEngineConfig, Recipe, dump_recipe
+from remix.models.loading import load_actor_critic, load_tokenizer
+from remix.models.policy import Policy
+from remix.replay import ReplayBuffer
+from remix.rewards import RewardSuite
+from remix.rollout.sample import Sampler
+from remix.tasks import PromptStream, encode_tasks, eval_prompts, load_tasks
+from remix.tracking.progress import Progress
+from remix.tracking.run_log import RunLog
+from remix.training.distributed import Cluster
+from remix.training.experience import Experience
+from remix.training.loop import Trainer
+from remix.training.objective import Objective
+from remix.training.state import TrainState, from_checkpoint
+from remix.training.update import Updater
+from remix.types import Engine
+
+
+@contextmanager
+def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume: bool) -> Iterator[Trainer]:
+    """A trainer ready to `fit`, from the newest checkpoint where there is one to resume from.
+
+    Closes what it opened. Raises ValueError for whatever the recipe asks that cannot be had.
+    """
+    run_dir = Path(recipe.run_dir)
+    tokenizer = load_tokenizer(recipe.model)
+    train = encode_tasks(load_tasks(recipe.tasks, "train"), tokenizer, recipe.prompt)
+    held_out = encode_tasks(load_tasks(recipe.tasks, "test"), tokenizer, recipe.prompt)
+    module = load_actor_critic(recipe, tokenizer, cluster.device)
+    policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
+    updater = Updater(recipe, policy, Objective(recipe), cluster)
+    replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
+    saved = checkpoint.load_latest(run_dir) if resume else None
+    if saved is not None:
+        state = from_checkpoint(saved, policy, updater, replay, run_dir)
+    else:
+        state = TrainState()
+        policy.reference = policy.snapshot() if recipe.kl.weight else None
+
+    with ExitStack() as stack:
+        rewards = stack.enter_context(RewardSuite(recipe.rewards))
+        engine = build_engine(recipe, policy)
+        stack.callback(engine.close)
+        log = RunLog(run_dir, from_step=state.step, enabled=cluster.is_main)
+        if cluster.is_main:
+            (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        cluster.start_trackers(recipe.model_dump(mode="json"))
+        stack.callback(cluster.close)
+        yield Trainer(
+            recipe=recipe,
+            run_dir=run_dir,
+            cluster=cluster,
+            policy=policy,
+            sampler=Sampler(engine, rewards, _decoder(tokenizer), recipe.seed),
+            stream=PromptStream(train, seed=recipe.seed),
+            held_out=eval_prompts(held_out, recipe.eval.prompts, seed=0),
+            experience=Experience(recipe, policy, cluster),
+            updater=updater,
+            replay=replay,
+            log=log,
+            progress=progress,
+            state=state,
+        )
+
+
+def build_engine(recipe: Recipe, policy: Policy) -> Engine:
+    """What samples: transformers on the trainer's own module, or vLLM with a copy of the weights."""
+    config = recipe.rollout.engine
+    if isinstance(config, HFEngineConfig):
+        from remix.rollout.hf import HFEngine
+
+        return HFEngine(
+            policy.module.lm,
+            batch_size=config.batch_size,
+            device=policy.device,
+            autocast=lambda: policy.module.autocast(policy.device),
+        )
+    from remix.rollout.vllm import VLLMEngine
+
+    return VLLMEngine(
+        recipe.model.path,
+        revision=recipe.model.revision,
+        dtype=recipe.model.dtype,
+        trust_remote_code=recipe.model.trust_remote_code,
+        max_model_len=recipe.prompt.max_tokens + recipe.rollout.max_tokens,
+        memory_fraction=config.memory_fraction,
+        kv_cache_gib=config.kv_cache_gib,
+        enforce_eager=config.enforce_eager,
+        seed=recipe.seed,
+    )
+
+
+def _decoder(tokenizer: Any) -> Any:
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    return decode

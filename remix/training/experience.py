@@ -1,0 +1,173 @@
+"""From scored groups to samples: log-probs of every anchor, advantages, returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from remix.algorithms import (
+    dr_grpo_advantage,
+    group_relative_advantage,
+    importance_ratio,
+    kl_convex,
+    kl_estimate,
+    rloo_advantage,
+    vtrace_gae,
+    whiten,
+)
+from remix.config import GAEAdvantage, KLConfig, Recipe
+from remix.models.policy import Policy, Snapshot, TokenScores
+from remix.training.distributed import Cluster
+from remix.types import Rollout, RolloutGroup, Sample
+
+GROUP_ADVANTAGES = {"grpo": group_relative_advantage, "dr_grpo": dr_grpo_advantage, "rloo": rloo_advantage}
+
+
+class Experience:
+    """Completes rollouts with what the trainer's policies say of them."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, cluster: Cluster) -> None:
+        self.recipe = recipe
+        self.policy = policy
+        self.cluster = cluster
+
+    def prepare(
+        self,
+        fresh: Sequence[RolloutGroup],
+        replayed: Sequence[RolloutGroup],
+        *,
+        step: int,
+        kl_lambda: float,
+        reference_since: int,
+    ) -> tuple[list[RolloutGroup], list[Sample]]:
+        """The fresh groups, ready to be stored, and the samples of the whole batch, fresh first.
+
+        `reference_since` is the step of the last reincarnation: older rollouts carry another reference's log-probs.
+        """
+        kl, group_size = self.recipe.kl, self.recipe.rollout.group_size
+        gae = isinstance(self.recipe.advantage, GAEAdvantage)
+        rollouts = [rollout for group in [*fresh, *replayed] for rollout in group.rollouts]
+        num_fresh = group_size * len(fresh)
+        proximal = self._score(rollouts, with_values=gae)
+
+        for index in range(num_fresh):
+            rollouts[index] = replace(rollouts[index], behaviour_logprobs=proximal[index].logprobs)
+        if kl.weight and kl.estimator != "full":
+            unknown = [
+                i for i, r in enumerate(rollouts) if r.reference_logprobs is None or r.policy_version < reference_since
+            ]
+            scores = self._score([rollouts[i] for i in unknown], self.policy.reference)
+            for index, score in zip(unknown, scores, strict=True):
+                rollouts[index] = replace(rollouts[index], reference_logprobs=score.logprobs)
+        precedent: list[Tensor | None] = [None] * len(rollouts)
+        if kl.uses_precedent and kl.estimator != "full":
+            # In the reward the KL is that of the policy which sampled, so only fresh rollouts are asked about.
+            asked = num_fresh if kl.place == "reward" else len(rollouts)
+            precedent[:asked] = [s.logprobs for s in self._score(rollouts[:asked], self.policy.precedent)]
+        if kl.uses_precedent and kl.place == "reward":
+            for index in range(num_fresh):
+                rollouts[index] = replace(rollouts[index], precedent_logprobs=precedent[index])
+            precedent = [None] * len(rollouts)
+        if not gae:
+            advantages = self._group_advantages(rollouts[:num_fresh], kl_lambda)
+            for index, advantage in enumerate(advantages):
+                rollouts[index] = replace(rollouts[index], advantage=advantage)
+
+        complete = [
+            RolloutGroup(group.prompt, tuple(rollouts[i * group_size : (i + 1) * group_size]))
+            for i, group in enumerate(fresh)
+        ]
+        samples = [
+            Sample(
+                rollout=rollout,
+                policy_lag=step - rollout.policy_version,
+                advantages=torch.zeros(len(rollout.response_ids)) if rollout.advantage is None else rollout.advantage,
+                proximal_logprobs=scores.logprobs,
+                precedent_logprobs=anchor,
+                values=scores.values,
+            )
+            for rollout, scores, anchor in zip(rollouts, proximal, precedent, strict=True)
+        ]
+        samples = [sample for sample in samples if self._trainable(sample)]
+        return complete, self._with_returns(samples, kl_lambda) if gae and samples else samples
+
+    def _score(
+        self, rollouts: Sequence[Rollout], anchor: Snapshot | None = None, with_values: bool = False
+    ) -> list[TokenScores]:
+        def work(share: Sequence[Rollout]) -> list[TokenScores]:
+            budget = self.recipe.batch.tokens_per_microbatch
+            return self.policy.score(share, tokens_per_microbatch=budget, anchor=anchor, with_values=with_values)
+
+        return self.cluster.map(work, rollouts)
+
+    def _trainable(self, sample: Sample) -> bool:
+        rollout = sample.rollout
+        if self.recipe.rollout.mask_overlong and rollout.truncated:
+            return False
+        known = (rollout.behaviour_logprobs, sample.proximal_logprobs, rollout.reference_logprobs)
+        return all(tensor is None or bool(tensor.isfinite().all()) for tensor in known)
+
+    def _group_advantages(self, rollouts: Sequence[Rollout], kl_lambda: float) -> list[Tensor]:
+        """[R] each: one number for every token of a response."""
+        if not rollouts:
+            return []
+        rewards = torch.tensor([_reward(rollout) for rollout in rollouts], dtype=torch.float32)
+        if self.recipe.kl.place == "reward" and self.recipe.kl.weight:
+            penalties = [kl_penalty(rollout, self.recipe.kl, kl_lambda).sum() for rollout in rollouts]
+            rewards = rewards - torch.stack(penalties)
+        estimator = GROUP_ADVANTAGES[self.recipe.advantage.type]
+        advantages = estimator(rewards, self.recipe.rollout.group_size)
+        return [a.expand(len(rollout.response_ids)).clone() for a, rollout in zip(advantages, rollouts, strict=True)]
+
+    def _with_returns(self, samples: Sequence[Sample], kl_lambda: float) -> list[Sample]:
+        """GAE over every sample with the critic of this step, fresh and replayed alike."""
+        config = self.recipe.advantage
+        assert isinstance(config, GAEAdvantage)
+
+        def padded(rows: Sequence[Tensor | None]) -> Tensor:
+            return pad_sequence([row for row in rows if row is not None], batch_first=True)
+
+        lengths = torch.tensor([sample.num_tokens for sample in samples])
+        mask_BR = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+        rewards_BR = torch.zeros(mask_BR.shape)
+        rewards_BR[torch.arange(len(samples)), lengths - 1] = torch.tensor([_reward(s.rollout) for s in samples])
+        if self.recipe.kl.place == "reward" and self.recipe.kl.weight:
+            rewards_BR -= padded([kl_penalty(s.rollout, self.recipe.kl, kl_lambda) for s in samples])
+        ratios_BR = torch.ones(mask_BR.shape)
+        if config.vtrace_cap is not None:
+            proximal = padded([s.proximal_logprobs for s in samples])
+            ratios_BR = importance_ratio(proximal, padded([s.rollout.behaviour_logprobs for s in samples]))
+        advantages_BR, returns_BR = vtrace_gae(
+            rewards_BR,
+            padded([s.values for s in samples]),
+            mask_BR,
+            ratios_BR,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            c_bar=config.vtrace_cap or 1.0,
+        )
+        if config.whiten:
+            advantages_BR = whiten(advantages_BR, mask_BR)
+        return [
+            replace(sample, advantages=advantages_BR[i, : lengths[i]], returns=returns_BR[i, : lengths[i]])
+            for i, sample in enumerate(samples)
+        ]
+
+
+def kl_penalty(rollout: Rollout, kl: KLConfig, kl_lambda: float) -> Tensor:
+    """[R] β·KL of the policy that sampled to its anchors: what `kl.place: reward` takes off the reward."""
+    assert rollout.behaviour_logprobs is not None
+    reference, precedent = (
+        None if anchor is None else kl_estimate(rollout.behaviour_logprobs, anchor, kl.estimator)
+        for anchor in (rollout.reference_logprobs, rollout.precedent_logprobs)
+    )
+    return kl.weight * kl_convex(reference, precedent, kl_lambda)
+
+
+def _reward(rollout: Rollout) -> float:
+    assert rollout.score is not None, "rollouts are scored before they become samples"
+    return rollout.score.value

@@ -1,0 +1,200 @@
+"""The training loop: sample, score, mix with replay, update, sync; phases and reincarnation between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from remix import checkpoint
+from remix.config import MixPolicyPhase, PhaseConfig, Recipe, dump_recipe
+from remix.evaluation.evaluate import Evaluation, evaluate
+from remix.models.loading import checkpoint_weights
+from remix.models.policy import Policy
+from remix.replay import ReplayBuffer, shard_path, write_shard
+from remix.rollout.sample import Sampler
+from remix.tasks import PromptStream
+from remix.tracking.progress import Progress
+from remix.tracking.rollout_stats import rollout_metrics, sampler_mismatch
+from remix.tracking.run_log import RunLog
+from remix.tracking.stopwatch import Stopwatch
+from remix.training.distributed import Cluster
+from remix.training.experience import Experience
+from remix.training.phases import ends
+from remix.training.probe import check_sync
+from remix.training.reincarnation import reincarnate
+from remix.training.state import TrainState, to_checkpoint
+from remix.training.update import Updater
+from remix.types import Prompt, RolloutGroup, Sampling
+
+
+@dataclass
+class Trainer:
+    """The parts of a run, joined; `build_trainer` makes one from a recipe."""
+
+    recipe: Recipe
+    run_dir: Path
+    cluster: Cluster
+    policy: Policy
+    sampler: Sampler
+    stream: PromptStream
+    held_out: Sequence[Prompt]
+    experience: Experience
+    updater: Updater
+    replay: ReplayBuffer
+    log: RunLog
+    progress: Progress
+    state: TrainState
+
+    def fit(self) -> None:
+        """The steps that remain, with an evaluation before the first and after the last."""
+        watch = Stopwatch(self.progress.stage)
+        self._sync(watch)
+        if self.state.base_pass_at_1 is None:
+            self.state.base_pass_at_1 = self._evaluate(watch).pass_at_1
+            self.progress.update(0, {"eval/pass@1": self.state.base_pass_at_1}, self._phase.type)
+        for step in range(self.state.step, self.recipe.last_step):
+            self._finish(step, self._step(step))
+
+    def _step(self, step: int) -> dict[str, float]:
+        watch = Stopwatch(self.progress.stage)
+        self._enter_phase(step)
+        phase, kl_lambda = self._phase, self.state.phase.lambda_at(step, self.recipe.kl.lambda_schedule)
+        self.policy.begin_step(keep_precedent=self.recipe.kl.uses_precedent)
+
+        fresh, dropped = self._sample(phase, step, watch)
+        replayed = self._draw(phase, step, len(fresh))
+        with watch("anchors"):
+            since = max(self.state.phase.reincarnations, default=0)
+            fresh, samples = self.experience.prepare(
+                fresh, replayed, step=step, kl_lambda=kl_lambda, reference_since=since
+            )
+        self.replay.add(fresh, step)
+        if self.cluster.is_main:
+            write_shard(shard_path(self.run_dir, step), step, fresh, dropped)
+        metrics = self._describe(fresh, dropped, replayed, len(samples)) | {"kl/lambda": kl_lambda}
+        with watch("updating"):
+            metrics |= self.updater.run(samples, step=step, passes=phase.utd_ratio, kl_lambda=kl_lambda)
+        metrics |= self._sync(watch)
+        self.state.step = step + 1
+        if self._due(self.recipe.eval.every):
+            metrics |= self._evaluate(watch).metrics()
+        self.state.seconds += watch.total
+        return metrics | watch.metrics()
+
+    def _finish(self, step: int, metrics: dict[str, float]) -> None:
+        """Everything that is written after a step."""
+        self.state.phase.record(metrics)
+        self.log.log(step, self._phase.type, metrics)
+        self.cluster.track(metrics, step)
+        self.progress.update(self.state.step, metrics, self._phase.type)
+        if self._due(self.recipe.checkpoint.every):
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        if self.cluster.is_main:
+            self.progress.stage("saving")
+            state = to_checkpoint(self.state, self.policy, self.updater, self.replay, dump_recipe(self.recipe))
+            checkpoint.save(self.run_dir, self.state.step, state, keep=self.recipe.checkpoint.keep)
+        self.cluster.barrier()
+
+    @property
+    def _phase(self) -> PhaseConfig:
+        return self.recipe.phases[self.state.phase.index]
+
+    def _due(self, every: int) -> bool:
+        """After this step? The last one counts always."""
+        return self.state.step == self.recipe.last_step or (every > 0 and self.state.step % every == 0)
+
+    def _enter_phase(self, step: int) -> None:
+        trigger = ends(self._phase, self.state.phase)
+        if trigger is not None:
+            reincarnate(self.recipe, self.policy, self.updater, self.replay, self.state)
+            self.progress.message(
+                f"reincarnation before step {step} ({trigger.type}): reference <- policy, now {self._phase.type}"
+            )
+
+    def _sample(self, phase: PhaseConfig, step: int, watch: Stopwatch) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
+        """Fresh scored groups to train on, and those dropped because their rewards are all equal."""
+        wanted = self.recipe.batch.prompts - min(
+            self.recipe.batch.prompts - self.recipe.fresh_prompts(phase), self.replay.available(step, phase.window)
+        )
+        kept: list[RolloutGroup] = []
+        dropped: list[RolloutGroup] = []
+        for _ in range(1 + self.recipe.rollout.refill.max_rounds):
+            if len(kept) == wanted:
+                break
+            prompts = self.stream.take(self.state.prompt_position, wanted - len(kept))
+            self.state.prompt_position += len(prompts)
+            for group in self._rollouts(prompts, step, watch):
+                uniform = self.recipe.drops_uniform_groups and group.uniform
+                (dropped if uniform else kept).append(group)
+        self.state.rollouts += self.recipe.rollout.group_size * (len(kept) + len(dropped))
+        return kept, dropped
+
+    def _rollouts(self, prompts: Sequence[Prompt], step: int, watch: Stopwatch) -> list[RolloutGroup]:
+        rollout = self.recipe.rollout
+        sampling = Sampling(max_tokens=rollout.max_tokens, temperature=rollout.temperature)
+
+        def work(share: Sequence[Prompt]) -> list[RolloutGroup]:
+            return self.sampler.sample(share, sampling, rollout.group_size, version=step, watch=watch)
+
+        return self.cluster.map(work, prompts)
+
+    def _draw(self, phase: PhaseConfig, step: int, num_fresh: int) -> list[RolloutGroup]:
+        """As many replayed groups as make up the share p beside the fresh ones that are left."""
+        if not isinstance(phase, MixPolicyPhase):
+            return []
+        share = phase.off_policy_fraction
+        rng = np.random.default_rng((self.recipe.seed, step, 1))
+        return self.replay.draw(
+            round(num_fresh * share / (1.0 - share)),
+            step=step,
+            window=phase.window,
+            distribution=phase.lag_distribution,
+            rng=rng,
+        )
+
+    def _sync(self, watch: Stopwatch) -> dict[str, float]:
+        """The policy's weights to the engine, and the proof that they arrived."""
+        with watch("syncing"):
+            self.sampler.engine.sync(checkpoint_weights(self.policy.module.lm))
+            return check_sync(self.recipe, self.policy, self.sampler.engine, self.stream.take(0, 4))
+
+    def _evaluate(self, watch: Stopwatch) -> Evaluation:
+        config = self.recipe.eval
+        sampling = Sampling(self.recipe.rollout.max_tokens, temperature=config.temperature, top_p=config.top_p)
+
+        def work(share: Sequence[Prompt]) -> list[RolloutGroup]:
+            # One version for all evaluations: the same random numbers, so that differences are the policy's.
+            return self.sampler.sample(share, sampling, config.samples, version=-1)
+
+        with watch("evaluating"):
+            evaluation = evaluate(self.cluster.map(work, self.held_out))
+        self.state.pass_at_1 = evaluation.pass_at_1
+        return evaluation
+
+    def _describe(
+        self,
+        fresh: Sequence[RolloutGroup],
+        dropped: Sequence[RolloutGroup],
+        replayed: Sequence[RolloutGroup],
+        num_samples: int,
+    ) -> dict[str, float]:
+        """Metrics of what was sampled and mixed."""
+        sampled, log = [*fresh, *dropped], self.recipe.log
+        if log.completions_every and self.state.step % log.completions_every == 0:
+            self.log.log_completions(self.state.step, sampled, log.completions)
+        batch = self.recipe.rollout.group_size * (len(fresh) + len(replayed))
+        return {
+            "rollouts": self.state.rollouts,
+            "rollouts/fresh": self.recipe.rollout.group_size * len(sampled),
+            "batch/rollouts": batch,
+            "batch/replayed": self.recipe.rollout.group_size * len(replayed),
+            "batch/left_out": batch - num_samples,
+            **rollout_metrics(sampled, log.reflection_patterns),
+            **sampler_mismatch(fresh),
+        }

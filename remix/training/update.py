@@ -1,0 +1,170 @@
+"""The optimiser steps of one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from remix.config import OptimizerConfig, Recipe
+from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
+from remix.models.policy import Policy, microbatches
+from remix.tracking.token_stats import TokenStats
+from remix.training.batching import collate
+from remix.training.distributed import Cluster
+from remix.training.objective import Objective
+from remix.types import Batch, LossInputs, LossOutput, Sample
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
+
+
+class Updater:
+    """m passes over the batch, each in minibatches of one optimiser step."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, objective: Objective, cluster: Cluster) -> None:
+        self.recipe = recipe
+        self.policy = policy
+        self.objective = objective
+        self.cluster = cluster
+        self.model: nn.Module
+        self.optimizer: torch.optim.Optimizer
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        """Moments start anew."""
+        self.cluster.forget()
+        self.model, self.optimizer = self.cluster.prepare(
+            self.policy.module, build_optimizer(self.policy.module, self.recipe.optimizer)
+        )
+
+    def run(self, samples: Sequence[Sample], *, step: int, passes: int, kl_lambda: float) -> dict[str, float]:
+        """Token statistics over all updates, and the mean of each loss term and gradient norm; {} without samples."""
+        if not samples:
+            return {}
+        factor = schedule_factor(self.recipe.optimizer, step, self.recipe.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.model.train()
+        stats, totals, count = TokenStats(), dict[str, float](), 0
+        # Named by the step alone, so that a resumed run shuffles as this one does.
+        rng = np.random.default_rng((self.recipe.seed, step, 2))
+        for _ in range(passes):
+            for minibatch in _minibatches(samples, self.recipe.batch.minibatches, rng):
+                terms = self._optimizer_step(minibatch, stats, step=step, kl_lambda=kl_lambda)
+                totals = {name: totals.get(name, 0.0) + value for name, value in terms.items()}
+                count += 1
+        stats = TokenStats.merge(self.cluster.gather(stats.sampled()))
+        return stats.metrics() | {name: total / count for name, total in totals.items()}
+
+    def _optimizer_step(
+        self, minibatch: Sequence[Sample], stats: TokenStats, *, step: int, kl_lambda: float
+    ) -> dict[str, float]:
+        denominator = self.objective.denominator(minibatch)
+        share = self.cluster.share(minibatch)
+        # A rank without samples goes through the motions at weight 0, or the others would wait for its gradients.
+        weight = 1.0 if share else 0.0
+        share = share or minibatch[:1]
+        groups = list(
+            microbatches(
+                [len(s.rollout.prompt_ids) + s.num_tokens for s in share], self.recipe.batch.tokens_per_microbatch
+            )
+        )
+        terms: dict[str, float] = {}
+        for number, indices in enumerate(groups):
+            batch = collate([share[i] for i in indices], self.policy.device)
+            with self.cluster.accumulate(self.model, last=number == len(groups) - 1):
+                output = self._loss(batch, kl_lambda=kl_lambda, denominator=denominator)
+                self.cluster.backward(output.loss * weight)
+            for name, term in output.terms.items():
+                terms[f"loss/{name}"] = terms.get(f"loss/{name}", 0.0) + weight * term.item()
+            if weight:
+                stats.add(output.tokens)
+        terms = {name: sum(values) for name, values in _transposed(self.cluster.gather(terms))}
+        return terms | self._apply(terms, step)
+
+    def _loss(self, batch: Batch, *, kl_lambda: float, denominator: float) -> LossOutput:
+        anchors = self._anchor_states(batch)
+        output: PolicyOutput = self.model(
+            batch.input_ids, batch.attention_mask, batch.response_mask, self.policy.temperature, tuple(anchors.values())
+        )
+        divergences = dict(zip(anchors, output.divergences, strict=True))
+        inputs = LossInputs(
+            batch,
+            output.logprobs,
+            output.entropy,
+            output.values,
+            kl_reference=divergences.get("reference"),
+            kl_precedent=divergences.get("precedent"),
+        )
+        return self.objective(inputs, kl_lambda=kl_lambda, denominator=denominator)
+
+    def _anchor_states(self, batch: Batch) -> dict[str, AnchorStates]:
+        """For the exact KL alone: its distributions are too large to be stored with the rollouts."""
+        kl = self.recipe.kl
+        if kl.weight == 0 or kl.estimator != "full":
+            return {}
+        anchors = {"reference": self.policy.reference}
+        if kl.uses_precedent:
+            anchors["precedent"] = self.policy.precedent
+        return {
+            name: self.policy.anchor_states(batch, anchor) for name, anchor in anchors.items() if anchor is not None
+        }
+
+    def _apply(self, terms: dict[str, float], step: int) -> dict[str, float]:
+        # Each group on its own: a critic far from its target must not shrink the policy's step.
+        norms = {
+            f"grad_norm/{group['name']}": self.cluster.clip_gradients(
+                group["params"], self.recipe.optimizer.max_grad_norm
+            )
+            for group in self.optimizer.param_groups
+        }
+        bad = [name for name, value in (terms | norms).items() if not np.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"step {step}: {', '.join(bad)} is not finite, so this update was not applied. Lower optimizer.lr or "
+                "optimizer.max_grad_norm, or try model.dtype: float32; --resume goes on from the last checkpoint"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norms
+
+
+def build_optimizer(module: ActorCritic, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters; the critic has a learning rate of its own."""
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for n, p in trained if n.startswith("lm.")], "name": "policy", "peak_lr": config.lr},
+        {"params": [p for n, p in trained if not n.startswith("lm.")], "name": "critic", "peak_lr": config.critic_lr},
+    ]
+    return torch.optim.AdamW(
+        [group | {"lr": group["peak_lr"]} for group in groups if group["params"]],
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:
+    """What the peak learning rate is multiplied by at a training step: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return 1.0 - progress
+    if config.schedule == "cosine":
+        return float(0.5 * (1.0 + np.cos(np.pi * progress)))
+    return 1.0
+
+
+def _minibatches(samples: Sequence[Sample], count: int, rng: np.random.Generator) -> Iterator[list[Sample]]:
+    order = rng.permutation(len(samples))
+    for part in np.array_split(order, min(count, len(samples))):
+        yield [samples[i] for i in part]
+
+
+def _transposed(dicts: Sequence[dict[str, float]]) -> Iterator[tuple[str, list[float]]]:
+    return ((name, [values[name] for values in dicts]) for name in dicts[0])
