@@ -19,6 +19,11 @@ from typing import Any
 WORDS = "RECIPE [key=value ...]"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_THREADS = 8
+SAVING_SECONDS = 60.0
+ACCELERATE_LAUNCH = (
+    # On Ctrl-C the launcher would die with a stack trace; its trainer, which hears it too, decides what to do.
+    "import signal; signal.signal(signal.SIGINT, lambda *_: None); from accelerate.commands.launch import main; main()"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,7 +161,7 @@ def _processes(config_file: str | None) -> int:
 
 def _launcher(config_file: str | None) -> list[str]:
     # Quiet: a failed run has said why itself; the launcher's own stack trace would bury it.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launch = [sys.executable, "-c", ACCELERATE_LAUNCH, "--quiet"]
     if config_file is not None:
         return [*launch, "--config_file", config_file]
     # Every choice spelled out, or accelerate lists its defaults in a warning.
@@ -187,14 +192,16 @@ def run_in_front(command: Sequence[str], environ: Mapping[str, str]) -> int:
     It has a session of its own: on Ctrl-C a terminal signals whatever it can reach, and a run that saves its state on
     the first interrupt would be killed by the second.
     """
-    process = subprocess.Popen(command, env=dict(environ), start_new_session=True)
+    process: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _: FrameType | None) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
+        process = subprocess.Popen(command, env=dict(environ), start_new_session=True)
         code = process.wait()
         _wait_for_group(process.pid)
     finally:
@@ -205,8 +212,9 @@ def run_in_front(command: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _wait_for_group(leader: int) -> None:
     """A launcher that a signal has ended may leave a trainer behind that is still saving."""
+    deadline = time.monotonic() + SAVING_SECONDS
     with suppress(ProcessLookupError, PermissionError):
-        while True:
+        while time.monotonic() < deadline:
             os.killpg(leader, 0)
             time.sleep(0.1)
 

@@ -49,7 +49,6 @@ def run(recipe: Any, recipe_path: str, *, resume: bool) -> None:
     from remix.training.finish import finish
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir))
     progress = Progress(Path(recipe_path).stem, recipe.run_dir, recipe.last_step, enabled=cluster.is_main)
     with progress, open_trainer(recipe, cluster, progress, resume=resume) as trainer:

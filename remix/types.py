@@ -181,8 +181,6 @@ class Batch:
 
     input_ids: Tensor
     """[B, S] int64."""
-    attention_mask: Tensor
-    """[B, S] bool, True = a real token."""
     response_mask: Tensor
     """[B, T] bool, True = trained: a response token."""
     advantages: Tensor

@@ -1,6 +1,7 @@
 """The module in training: a language model and, under PPO, a critic, behind one forward.
 
-One forward, since a wrapper for several processes must see every use of a trained parameter.
+One forward, since a wrapper for several processes must see every use of a trained parameter. No attention mask:
+sequences are padded on the right, where a causal model cannot see it, and attention without a mask is faster.
 Shapes: B sequences, S tokens, T = S - 1 predictions, N trained tokens of the micro-batch, H hidden, V vocabulary.
 """
 
@@ -63,18 +64,17 @@ class ActorCritic(nn.Module):
     def forward(
         self,
         input_ids_BS: Tensor,
-        attention_mask_BS: Tensor,
         response_mask_BT: Tensor,
         temperature: float,
         anchors: tuple[AnchorStates, ...] = (),
         with_values: bool = True,
     ) -> PolicyOutput:
         with self.autocast(input_ids_BS.device):
-            hidden_NH, labels_N = self._select(input_ids_BS, attention_mask_BS, response_mask_BT)
+            hidden_NH, labels_N = self._select(input_ids_BS, response_mask_BT)
             stats = self._token_stats(hidden_NH, labels_N, temperature, anchors)
             values_N = None
             if with_values and self.value_head is not None:
-                values_N = self._values(hidden_NH, input_ids_BS, attention_mask_BS, response_mask_BT)
+                values_N = self._values(hidden_NH, input_ids_BS, response_mask_BT)
 
         def scatter(per_token_N: Tensor) -> Tensor:
             full = per_token_N.new_zeros(response_mask_BT.shape, dtype=torch.float32)
@@ -83,11 +83,17 @@ class ActorCritic(nn.Module):
         logprobs, entropy, *divergences = (scatter(stat) for stat in stats)
         return PolicyOutput(logprobs, entropy, None if values_N is None else scatter(values_N), tuple(divergences))
 
-    def states(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, response_mask_BT: Tensor) -> AnchorStates:
+    def states(self, input_ids_BS: Tensor, response_mask_BT: Tensor) -> AnchorStates:
         """Hidden states and head of this policy, when it serves as an anchor."""
         with self.autocast(input_ids_BS.device):
-            hidden_NH, _ = self._select(input_ids_BS, attention_mask_BS, response_mask_BT)
+            hidden_NH, _ = self._select(input_ids_BS, response_mask_BT)
         return AnchorStates(hidden_NH, self._head().weight)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response; a model may have several."""
+        eos = self.lm.generation_config.eos_token_id
+        return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
@@ -100,17 +106,17 @@ class ActorCritic(nn.Module):
         head: nn.Linear = self._base().get_output_embeddings()
         return head
 
-    def _select(self, input_ids_BS: Tensor, attention_mask_BS: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, input_ids_BS: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Final hidden states [N, H] and the tokens [N] that follow them, at the masked positions only."""
         base = self._base()
         backbone = getattr(base, base.base_model_prefix)
-        hidden_BSH = backbone(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False)[0]
+        hidden_BSH = backbone(input_ids=input_ids_BS, use_cache=False)[0]
         return hidden_BSH[:, :-1][mask_BT], input_ids_BS[:, 1:][mask_BT]
 
-    def _values(self, hidden_NH: Tensor, input_ids_BS: Tensor, attention_mask_BS: Tensor, mask_BT: Tensor) -> Tensor:
+    def _values(self, hidden_NH: Tensor, input_ids_BS: Tensor, mask_BT: Tensor) -> Tensor:
         assert self.value_head is not None
         if self.critic is not None:
-            hidden_BSH = self.critic(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False)[0]
+            hidden_BSH = self.critic(input_ids=input_ids_BS, use_cache=False)[0]
             hidden_NH = hidden_BSH[:, :-1][mask_BT]
         elif self.detach_value:
             hidden_NH = hidden_NH.detach()

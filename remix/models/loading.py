@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
 from remix.config import LoraAdapter, ModelConfig, NoAdapter, Recipe, SeparateCritic
 from remix.models.actor_critic import ActorCritic
@@ -30,6 +31,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+logging.disable_progress_bar()  # it would draw over the run's own
 
 
 def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> ActorCritic:

@@ -125,7 +125,7 @@ class Policy:
     @torch.no_grad()
     def anchor_states(self, batch: Batch, anchor: Snapshot) -> AnchorStates:
         """Hidden states and head of an anchor on a micro-batch, for the exact KL."""
-        inputs = (batch.input_ids, batch.attention_mask, batch.response_mask)
+        inputs = (batch.input_ids, batch.response_mask)
         states: AnchorStates = functional_call(_States(self.module), self._on_device(anchor, "module."), inputs)
         return states
 
@@ -160,15 +160,13 @@ def microbatches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
         yield group
 
 
-def token_tensors(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids [B, S], attention_mask [B, S] and response_mask [B, S - 1], right-padded with token 0."""
+def token_tensors(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """input_ids [B, S] and response_mask [B, S - 1], right-padded with token 0."""
     lengths = [(len(r.prompt_ids), len(r.response_ids)) for r in rollouts]
     width = max(prompt + response for prompt, response in lengths)
     ids_BS = torch.zeros(len(rollouts), width, dtype=torch.long)
-    attention_BS = torch.zeros(len(rollouts), width, dtype=torch.bool)
     response_BT = torch.zeros(len(rollouts), width - 1, dtype=torch.bool)
     for row, (rollout, (prompt, response)) in enumerate(zip(rollouts, lengths, strict=True)):
         ids_BS[row, : prompt + response] = torch.cat([rollout.prompt_ids, rollout.response_ids])
-        attention_BS[row, : prompt + response] = True
         response_BT[row, prompt - 1 : prompt - 1 + response] = True
-    return ids_BS, attention_BS, response_BT
+    return ids_BS, response_BT

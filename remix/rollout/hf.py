@@ -62,14 +62,19 @@ class HFEngine:
     """`Engine` over a transformers model, adapter included. `autocast` is the trainer's, so that both agree."""
 
     def __init__(
-        self, lm: Any, *, batch_size: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
+        self,
+        lm: Any,
+        *,
+        eos_token_ids: Sequence[int],
+        batch_size: int,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.lm = lm
         self.batch_size = batch_size
         self.device = device
         self.autocast = autocast
-        eos = lm.generation_config.eos_token_id
-        self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        self.eos_ids = frozenset(eos_token_ids)
         self.pad_id: int = lm.generation_config.pad_token_id
 
     @torch.no_grad()

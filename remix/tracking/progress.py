@@ -45,35 +45,27 @@ class Progress:
     """
 
     def __init__(
-        self,
-        name: str,
-        run_dir: str,
-        total_steps: int,
-        *,
-        first_step: int = 0,
-        base_pass_at_1: float | None = None,
-        enabled: bool = True,
-        console: Console | None = None,
+        self, name: str, run_dir: str, total_steps: int, *, enabled: bool = True, console: Console | None = None
     ) -> None:
-        """`first_step`: done before, of a resumed run. `base_pass_at_1`: of the untrained model, where it is known;
-        otherwise the first one reported is taken for it. `enabled`: False on all processes but one."""
+        """`enabled`: False on all processes but one. A resumed run sets `step` and `base_pass_at_1`."""
         self.name, self.run_dir, self.total_steps = name, run_dir, total_steps
-        self.step = first_step
+        self.step = 0
         self.phase = ""
-        self._base = base_pass_at_1
+        self.base_pass_at_1: float | None = None
+        """Of the untrained model; the first one reported is taken for it."""
         self._metrics: dict[str, float] = {}
         self._stage = "starting"
         self._enabled = enabled
         self._console = console or Console()
         self._spinner = Spinner("dots")
         self._started = time.monotonic()
-        self._marks: deque[tuple[int, float]] = deque([(first_step, self._started)], maxlen=RECENT_STEPS + 1)
+        # The time of each update. Loading and the first evaluation lie before the first, and are no step's pace.
+        self._marks: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS + 1)
         live = enabled and self._console.is_interactive
         self._live = Live(get_renderable=self._display, console=self._console, refresh_per_second=4) if live else None
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
-        self._marks = deque([(self.step, self._started)], maxlen=RECENT_STEPS + 1)
         if self._live is not None:
             self._live.start()
         else:
@@ -91,10 +83,9 @@ class Progress:
         """After a training step, and with step 0 after the evaluation of the untrained model."""
         self.step, self.phase = step, phase
         self._metrics.update(metrics)
-        if self._base is None:
-            self._base = metrics.get(PASS_AT_1)
-        if step > self._marks[-1][0]:
-            self._marks.append((step, time.monotonic()))
+        if self.base_pass_at_1 is None:
+            self.base_pass_at_1 = metrics.get(PASS_AT_1)
+        self._marks.append((step, time.monotonic()))
         if self._live is None:
             self._line("  ".join([f"step {step}/{self.total_steps}", phase, *self._facts(), *self._clocks()]))
 
@@ -138,8 +129,9 @@ class Progress:
         if REWARD in shown:
             yield f"reward {shown[REWARD]:.3f}"
         if PASS_AT_1 in shown:
-            base = "" if self._base in (None, shown[PASS_AT_1]) else f" (base {self._base:.1%})"
-            yield f"pass@1 {shown[PASS_AT_1]:.1%}{base}"
+            base = self.base_pass_at_1
+            beside = "" if base is None or base == shown[PASS_AT_1] else f" (base {base:.1%})"
+            yield f"pass@1 {shown[PASS_AT_1]:.1%}{beside}"
         if ROLLOUTS in shown:
             yield f"rollouts {shown[ROLLOUTS]:,.0f}"
 
@@ -152,6 +144,8 @@ class Progress:
             yield f"left {clock(pace * (self.total_steps - self.step))}"
 
     def _seconds_per_step(self) -> float | None:
+        if not self._marks:
+            return None
         (first, began), (last, ended) = self._marks[0], self._marks[-1]
         return (ended - began) / (last - first) if last > first else None
 

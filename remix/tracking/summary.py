@@ -13,7 +13,7 @@ from rich.text import Text
 
 from remix.tracking.progress import clock
 
-OUTPUTS = {"model": "model", "rollout log": "rollouts", "metrics": "metrics.jsonl"}
+OUTPUTS = {"model": "final", "rollout log": "rollouts", "metrics": "metrics.jsonl"}
 """What a run leaves behind, by its name within the run's folder."""
 
 

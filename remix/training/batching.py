@@ -13,7 +13,7 @@ from remix.types import Batch, Sample
 
 def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
     """[R] tensors of each sample into right-padded [B, T], zero outside the response."""
-    input_ids, attention_mask, response_mask = token_tensors([sample.rollout for sample in samples])
+    input_ids, response_mask = token_tensors([sample.rollout for sample in samples])
 
     def scattered(field: Callable[[Sample], Tensor | None]) -> Tensor | None:
         """Rows of the mask are filled in order, so the responses one after the other land in their places."""
@@ -32,7 +32,6 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
 
     return Batch(
         input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
         response_mask=response_mask.to(device),
         advantages=required(lambda s: s.advantages),
         behaviour_logprobs=required(lambda s: s.rollout.behaviour_logprobs),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from remix.models.policy import Policy
 from remix.replay import ReplayBuffer
 from remix.rewards import RewardSuite
 from remix.rollout.sample import Sampler
-from remix.tasks import PromptStream, encode_tasks, eval_prompts, load_tasks
+from remix.tasks import PromptStream, Split, TaskSet, encode, eval_prompts, load_tasks
 from remix.tracking.progress import Progress
 from remix.tracking.run_log import RunLog
 from remix.training.distributed import Cluster
@@ -34,8 +35,7 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
     """
     run_dir = Path(recipe.run_dir)
     tokenizer = load_tokenizer(recipe.model)
-    train = encode_tasks(load_tasks(recipe.tasks, "train"), tokenizer, recipe.prompt)
-    held_out = encode_tasks(load_tasks(recipe.tasks, "test"), tokenizer, recipe.prompt)
+    train, held_out = (_encoded_tasks(recipe, split, tokenizer) for split in ("train", "test"))
     module = load_actor_critic(recipe, tokenizer, cluster.device)
     policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
@@ -48,6 +48,7 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
         policy.reference = policy.snapshot() if recipe.kl.weight else None
 
     with ExitStack() as stack:
+        stack.callback(cluster.close)  # last: an engine may still need the process group to close
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         engine = build_engine(recipe, policy)
         stack.callback(engine.close)
@@ -55,7 +56,6 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
         if cluster.is_main:
             (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         cluster.start_trackers(recipe.model_dump(mode="json"))
-        stack.callback(cluster.close)
         yield Trainer(
             recipe=recipe,
             run_dir=run_dir,
@@ -73,6 +73,13 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
         )
 
 
+def _encoded_tasks(recipe: Recipe, split: Split, tokenizer: Any) -> list[TaskSet]:
+    return [
+        replace(task, prompts=tuple(encode(task.prompts, tokenizer, recipe.prompt)))
+        for task in load_tasks(recipe.tasks, split)
+    ]
+
+
 def build_engine(recipe: Recipe, policy: Policy) -> Engine:
     """What samples: transformers on the trainer's own module, or vLLM with a copy of the weights."""
     config = recipe.rollout.engine
@@ -81,6 +88,7 @@ def build_engine(recipe: Recipe, policy: Policy) -> Engine:
 
         return HFEngine(
             policy.module.lm,
+            eos_token_ids=policy.module.eos_token_ids,
             batch_size=config.batch_size,
             device=policy.device,
             autocast=lambda: policy.module.autocast(policy.device),
@@ -93,6 +101,7 @@ def build_engine(recipe: Recipe, policy: Policy) -> Engine:
         dtype=recipe.model.dtype,
         trust_remote_code=recipe.model.trust_remote_code,
         max_model_len=recipe.prompt.max_tokens + recipe.rollout.max_tokens,
+        eos_token_ids=policy.module.eos_token_ids,
         memory_fraction=config.memory_fraction,
         kv_cache_gib=config.kv_cache_gib,
         enforce_eager=config.enforce_eager,

@@ -71,7 +71,8 @@ class Trainer:
             fresh, samples = self.experience.prepare(
                 fresh, replayed, step=step, kl_lambda=kl_lambda, reference_since=since
             )
-        self.replay.add(fresh, step)
+        if any(later.window for later in self.recipe.phases[self.state.phase.index :]):
+            self.replay.add(fresh, step)
         if self.cluster.is_main:
             write_shard(shard_path(self.run_dir, step), step, fresh, dropped)
         metrics = self._describe(fresh, dropped, replayed, len(samples)) | {"kl/lambda": kl_lambda}

@@ -54,15 +54,18 @@ class Updater:
         rng = np.random.default_rng((self.recipe.seed, step, 2))
         for _ in range(passes):
             for minibatch in _minibatches(samples, self.recipe.batch.minibatches, rng):
-                terms = self._optimizer_step(minibatch, stats, step=step, kl_lambda=kl_lambda)
+                terms = self.accumulate(minibatch, stats, kl_lambda=kl_lambda)
+                terms |= self._apply(terms, step)
                 totals = {name: totals.get(name, 0.0) + value for name, value in terms.items()}
                 count += 1
         stats = TokenStats.merge(self.cluster.gather(stats.sampled()))
         return stats.metrics() | {name: total / count for name, total in totals.items()}
 
-    def _optimizer_step(
-        self, minibatch: Sequence[Sample], stats: TokenStats, *, step: int, kl_lambda: float
-    ) -> dict[str, float]:
+    def accumulate(self, minibatch: Sequence[Sample], stats: TokenStats, *, kl_lambda: float) -> dict[str, float]:
+        """The gradient of one optimiser step, in as many micro-batches and on as many ranks as it takes.
+
+        Returns the terms of the loss, summed over all of them.
+        """
         denominator = self.objective.denominator(minibatch)
         share = self.cluster.share(minibatch)
         # A rank without samples goes through the motions at weight 0, or the others would wait for its gradients.
@@ -83,13 +86,12 @@ class Updater:
                 terms[f"loss/{name}"] = terms.get(f"loss/{name}", 0.0) + weight * term.item()
             if weight:
                 stats.add(output.tokens)
-        terms = {name: sum(values) for name, values in _transposed(self.cluster.gather(terms))}
-        return terms | self._apply(terms, step)
+        return {name: sum(values) for name, values in _transposed(self.cluster.gather(terms))}
 
     def _loss(self, batch: Batch, *, kl_lambda: float, denominator: float) -> LossOutput:
         anchors = self._anchor_states(batch)
         output: PolicyOutput = self.model(
-            batch.input_ids, batch.attention_mask, batch.response_mask, self.policy.temperature, tuple(anchors.values())
+            batch.input_ids, batch.response_mask, self.policy.temperature, tuple(anchors.values())
         )
         divergences = dict(zip(anchors, output.divergences, strict=True))
         inputs = LossInputs(

@@ -1,0 +1,266 @@
+"""vLLM inside the trainer's process: samples on the device that trains, takes over the weights without leaving it.
+
+One engine per process, each rank samples its own requests. Where `torch.distributed` is in use, all ranks build, sync
+and close their engines together, after the process group exists. After every call the trainer's random state,
+threads, matmul precision, launch environment and process group are as before.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from remix.types import Completion, FinishReason, Request, Sampling
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as tensors of this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+try:
+    from vllm import LLM, SamplingParams
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.platforms import current_platform
+except ModuleNotFoundError as error:
+    if error.name != "vllm":
+        raise
+    raise ModuleNotFoundError(
+        "vLLM is not installed. Run `bash scripts/setup.sh vllm` or `pip install remix-rl[vllm]`, "
+        "or sample with transformers: `rollout.engine.type: hf`.",
+        name="vllm",
+    ) from None
+
+NOT_TRAINED = re.compile(r"rotary_emb\.inv_freq$|^mtp\.")
+"""Tensors that some checkpoints carry and no policy trains: old rotary buffers, multi-token prediction heads."""
+
+
+class VLLMEngine:
+    """Samples with vLLM in this process. An `Engine`; at most one is open at a time.
+
+    dtype: of weights and activations. `float32` on the CPU gives the trainer's log-probs to 1e-5.
+    max_model_len: most tokens of a prompt and its response together.
+    eos_token_ids: tokens that end a response; None = those of the checkpoint's generation config.
+    memory_fraction: share of the GPU's memory for weights, activations and KV cache. Without effect on a CPU.
+    kv_cache_gib: memory of the KV cache on a CPU. Without effect on a GPU.
+    enforce_eager: no CUDA graphs and no compilation: starts sooner, decodes slower. A CPU always runs eagerly.
+    """
+
+    _open: ClassVar[weakref.ref[VLLMEngine] | None] = None
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        max_model_len: int,
+        dtype: str = "float32",
+        eos_token_ids: Sequence[int] | None = None,
+        memory_fraction: float = 0.4,
+        kv_cache_gib: float = 0.25,
+        enforce_eager: bool = False,
+        seed: int = 0,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        # vLLM keeps its process groups in globals of the process: closing one engine would take them from another.
+        if VLLMEngine._open is not None and VLLMEngine._open() is not None:
+            raise RuntimeError("Another VLLMEngine is open in this process. Close it first: engine.close().")
+        on_cpu = current_platform.is_cpu()
+        self._model_path = model_path
+        self._max_model_len = max_model_len
+        self._eos_token_ids = eos_token_ids
+        self._shares_process_group = torch.distributed.is_initialized()
+        self._weights_intact = True
+        with _trainer_undisturbed():
+            if self._shares_process_group:
+                os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+                os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+            self._llm = LLM(
+                model_path,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                gpu_memory_utilization=memory_fraction,
+                kv_cache_memory_bytes=int(kv_cache_gib * 2**30) if on_cpu else None,
+                enforce_eager=enforce_eager or on_cpu,
+                seed=seed,
+                logprobs_mode="processed_logprobs",  # at the sampling temperature
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                use_tqdm_on_load=False,
+                distributed_executor_backend="external_launcher" if self._shares_process_group else "uni",
+            )
+            self._shapes = self._checkpoint_shapes()
+        VLLMEngine._open = weakref.ref(self)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in order. Under temperature 0 log-probs are those at temperature 1."""
+        self._check_weights_intact()
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        if longest > self._max_model_len - sampling.max_tokens:
+            raise ValueError(
+                f"A prompt has {longest} tokens, and {sampling.max_tokens} are to follow, but the engine holds "
+                f"{self._max_model_len} in all. Raise `rollout.engine.max_model_len` to at least "
+                f"{longest + sampling.max_tokens}, or leave long prompts out."
+            )
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        params = [
+            SamplingParams(
+                seed=request.seed % 2**63,  # vLLM takes -1 to mean no seed
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                ignore_eos=self._eos_token_ids is not None,
+                stop_token_ids=list(self._eos_token_ids or ()),
+                logprobs=0,  # the sampled token's only
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        # vLLM compiles its log-prob gather by itself; on a CPU this takes longer (4 to 20 s) than it ever saves.
+        eagerly = torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else nullcontext()
+        with _trainer_undisturbed(), eagerly:
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over all weights, named and shaped as in the checkpoint that the engine was built from.
+
+        The iterable is read once, tensor by tensor; a tensor may be changed or freed when the next is asked for.
+        A tied output head may be among the weights or not. On an unknown, missing or misshapen weight this raises
+        ValueError, and the engine, now holding a mixture, refuses to go on.
+        """
+        self._check_weights_intact()
+        self._weights_intact = False
+        with _trainer_undisturbed():
+            self._llm.collective_rpc(_load_weights, args=(self._checked(weights),))
+            # Cached blocks of prompts hold keys and values of the old weights.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not drop its prefix cache, which holds values of the old weights.")
+        self._weights_intact = True
+
+    def close(self) -> None:
+        """Gives back the memory; the engine cannot be used afterwards. Closing twice is fine."""
+        if not hasattr(self, "_llm"):
+            return
+        with _process_group_kept() if self._shares_process_group else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        VLLMEngine._open = None
+
+    def _check_weights_intact(self) -> None:
+        if not self._weights_intact:
+            raise RuntimeError("An earlier weight sync failed and left a mixture of weights. Build a new engine.")
+
+    def _checkpoint_shapes(self) -> dict[str, torch.Size]:
+        """Name and shape of every weight that a sync must bring. Reads headers; the values stay on disk."""
+        config = self._llm.llm_engine.vllm_config
+        (model,) = self._llm.collective_rpc("get_model")
+        self._head_is_tied = bool(_tied_heads(model))
+        loader = get_model_loader(config.load_config)
+        shapes = {name: tensor.shape for name, tensor in loader.get_all_weights(config.model_config, model)}
+        return {name: shape for name, shape in shapes.items() if not NOT_TRAINED.search(name)}
+
+    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        missing = {name for name in self._shapes if not self._is_tied_head(name)}
+        for name, tensor in weights:
+            if self._is_tied_head(name):
+                continue  # the embedding brings it
+            if name not in self._shapes:
+                near = difflib.get_close_matches(name, self._shapes, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"Weight sync: {name!r} is no weight of the checkpoint {self._model_path}.{hint}")
+            if tensor.shape != self._shapes[name]:
+                raise ValueError(
+                    f"Weight sync: {name!r} has shape {tuple(tensor.shape)}, "
+                    f"in the checkpoint {self._model_path} it has {tuple(self._shapes[name])}."
+                )
+            missing.discard(name)
+            # vLLM holds on to the tensors of a layer until the last of them has come.
+            yield name, tensor.detach().clone()
+        if missing:
+            raise ValueError(
+                f"Weight sync: {len(missing)} of {len(self._shapes)} weights of the checkpoint {self._model_path} "
+                f"did not come, for example {', '.join(sorted(missing)[:5])}."
+            )
+
+    def _is_tied_head(self, name: str) -> bool:
+        return self._head_is_tied and name.endswith("lm_head.weight")
+
+
+def _completion(output: Any) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response with {output.finish_reason!r} instead of stop or length.")
+    reason: FinishReason = output.finish_reason
+    sampled = [of_token[token].logprob for of_token, token in zip(output.logprobs, output.token_ids, strict=True)]
+    return Completion(
+        response_ids=torch.tensor(output.token_ids, dtype=torch.int64),
+        sampler_logprobs=torch.tensor(sampled, dtype=torch.float32),
+        finish_reason=reason,
+    )
+
+
+def _load_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    worker.reload_weights(weights_iterator=weights)
+    for head in _tied_heads(worker.get_model()):
+        # Without a weight of its own to reload, it keeps on a CPU the packed copy that vLLM made of the old one.
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _tied_heads(model: nn.Module) -> list[Any]:
+    """Output heads that share their weight with an embedding."""
+    layers = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
+    return [head for head in heads if any(layer is not head and layer.weight is head.weight for layer in layers)]
+
+
+@contextmanager
+def _trainer_undisturbed() -> Iterator[None]:
+    """Gives the trainer back what vLLM changes in its process: random state, threads, precision, environment."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    # LD_PRELOAD would reach processes that the trainer starts; the others say who the rank is.
+    environment = {name: os.environ.get(name) for name in ("LD_PRELOAD", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_num_threads = set_num_threads  # on a CPU vLLM puts a function that does nothing in its place
+        torch.set_num_threads(num_threads)
+        torch.set_float32_matmul_precision(precision)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _process_group_kept() -> Iterator[None]:
+    """vLLM's shutdown destroys the default process group, also where the trainer had made it."""
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_own
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy

@@ -1,0 +1,201 @@
+"""The tasks of a recipe side by side, and the order in which a run draws prompts from them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remix.config import ArithmeticTask, HubTask, JsonlTask, TaskConfig
+from remix.tasks.arithmetic import generate, problems
+from remix.tasks.hub import load_hub
+from remix.tasks.jsonl import load_jsonl
+from remix.tasks.rows import Split
+from remix.types import Prompt
+
+EVAL_SIZE = 1024
+"""Most held-out problems that are generated for a task that has endless ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSet:
+    """One split of one task."""
+
+    name: str
+    """Unique in the mixture; also the `task` of its prompts."""
+    weight: float
+    """Share of the draws, relative to the others'."""
+    prompts: tuple[Prompt, ...]
+
+
+def load_arithmetic(config: ArithmeticTask, split: Split, task: str) -> list[Prompt]:
+    """`size` problems to train on; at most `EVAL_SIZE` held-out ones, or as many as there are."""
+    size = config.size
+    if split == "test":
+        lengths = range(config.min_terms, config.max_terms + 1)
+        sources = [problems(kind, terms, split, config.seed) for terms in lengths for kind in config.kinds]
+        size = min(size, EVAL_SIZE)
+        size = min(size, sum(1 for source in sources for _ in islice(source, size)))
+    return generate(
+        kinds=config.kinds,
+        min_terms=config.min_terms,
+        max_terms=config.max_terms,
+        split=split,
+        size=size,
+        seed=config.seed,
+    )
+
+
+TASKS: dict[str, Callable[[Any, Split, str], list[Prompt]]] = {
+    "arithmetic": load_arithmetic,
+    "jsonl": load_jsonl,
+    "hub": load_hub,
+}
+"""By `type:`, what loads a split under a name. A new task is a file with such a function and a row here."""
+
+
+def load_tasks(configs: Sequence[TaskConfig], split: Split) -> list[TaskSet]:
+    """One set per task, in order. A task with `holdout: 0` and no evaluation split of its own has no test set."""
+    sets: list[TaskSet] = []
+    names, ids = set[str](), set[str]()
+    for config in configs:
+        name = _unused(_name(config), names)
+        names.add(name)
+        if split == "test" and _keeps_none_back(config):
+            continue
+        prompts = TASKS[config.type](config, split, name)
+        if not prompts:
+            raise ValueError(f"task '{name}' has no {split} problems; {_remedy(config, split)}")
+        # Two files may both number their rows from 0: the later task's ids then go by its name.
+        clash = any(prompt.id in ids for prompt in prompts)
+        named = tuple(
+            replace(prompt, id=f"{name}/{prompt.id}" if clash else prompt.id, task=name) for prompt in prompts
+        )
+        ids.update(prompt.id for prompt in named)
+        sets.append(TaskSet(name, config.weight, named))
+    if not sets:
+        raise ValueError("no task has held-out problems; give one a `holdout` above 0 or a test split of its own")
+    return sets
+
+
+def eval_prompts(sets: Sequence[TaskSet], count: int, seed: int) -> list[Prompt]:
+    """A fixed choice of at most `count` prompts, task by task.
+
+    Shares follow the weights; what a task is too small to fill goes to the others. A larger count only adds prompts.
+    """
+    left = [sorted(task.prompts, key=lambda prompt: _rank(seed, prompt.id)) for task in sets]
+    chosen: list[list[Prompt]] = [[] for _ in sets]
+    for _ in range(min(count, sum(map(len, left)))):
+        # To whom one more is due: the smallest (chosen + 1) / weight, which keeps shares as even as they can be.
+        due = [place for place in range(len(sets)) if len(chosen[place]) < len(left[place])]
+        place = min(due, key=lambda place: ((len(chosen[place]) + 1) / sets[place].weight, place))
+        chosen[place].append(left[place][len(chosen[place])])
+    return [prompt for task in chosen for prompt in task]
+
+
+class PromptStream:
+    """An endless order over a mixture, fixed by the sets and the seed: draw i is the same whoever asks, and when.
+
+    Which task a draw goes to follows the golden-ratio sequence, whose counts stay within a few of weight x draws at any
+    time. Each task walks its own prompts epoch by epoch, in a new order every epoch.
+    """
+
+    def __init__(self, sets: Sequence[TaskSet], seed: int) -> None:
+        if not sets or not all(task.prompts for task in sets):
+            raise ValueError("a stream of prompts needs at least one task, each with at least one prompt")
+        self._sets = tuple(sets)
+        self._seed = seed
+        total = sum(task.weight for task in sets)
+        cumulative = np.cumsum([task.weight / total for task in sets])[:-1]
+        self._bounds = np.array([min(int(share * 2**64), 2**64 - 1) for share in cumulative.tolist()], dtype=np.uint64)
+        self._offset = _rank(seed, "offset")
+        self._task_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._turn_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._orders: dict[tuple[int, int], list[int]] = {}
+
+    def take(self, position: int, count: int) -> list[Prompt]:
+        """Draws position, position + 1, ..., position + count - 1."""
+        if position + count > len(self._task_N):
+            self._plan(max(2 * len(self._task_N), position + count, 4096))
+        drawn = slice(position, position + count)
+        return [
+            self._prompt(task, turn)
+            for task, turn in zip(self._task_N[drawn].tolist(), self._turn_N[drawn].tolist(), strict=True)
+        ]
+
+    def _plan(self, draws: int) -> None:
+        """For each of so many draws from the very first: which task, and how many draws that task had before."""
+        # frac(offset + i / golden ratio) in units of 2^-64: exact in integers, so the same on every machine.
+        step = np.uint64(0x9E3779B97F4A7C15)
+        points = np.arange(draws, dtype=np.uint64) * step + np.uint64(self._offset)
+        self._task_N = np.searchsorted(self._bounds, points, side="right").astype(np.int64)
+        self._turn_N = np.empty(draws, dtype=np.int64)
+        for task in range(len(self._sets)):
+            mine = self._task_N == task
+            self._turn_N[mine] = np.arange(np.count_nonzero(mine))
+
+    def _prompt(self, task: int, turn: int) -> Prompt:
+        prompts = self._sets[task].prompts
+        epoch, place = divmod(turn, len(prompts))
+        return prompts[self._order(task, epoch)[place]]
+
+    def _order(self, task: int, epoch: int) -> list[int]:
+        if (task, epoch) not in self._orders:
+            order = list(range(len(self._sets[task].prompts)))
+            random.Random(f"{self._seed}/{self._sets[task].name}/{epoch}").shuffle(order)
+            # A batch may straddle two epochs, so the one before is worth keeping; older ones are not.
+            self._orders.pop((task, epoch - 2), None)
+            self._orders[task, epoch] = order
+        return self._orders[task, epoch]
+
+
+def _rank(seed: int, text: str) -> int:
+    """64 bits that look random and depend on nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:8])
+
+
+def _name(config: TaskConfig) -> str:
+    """`gsm8k` of `data/gsm8k.jsonl.gz` or `openai/gsm8k`; a generator goes by its type."""
+    if isinstance(config, ArithmeticTask):
+        return config.type
+    name = PurePath(config.path).name
+    return name.split(".")[0] or name
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    number, unused = 1, name
+    while unused in taken:
+        number += 1
+        unused = f"{name}_{number}"
+    return unused
+
+
+def _keeps_none_back(config: TaskConfig) -> bool:
+    match config:
+        case JsonlTask():
+            return config.holdout == 0 and config.eval_path is None
+        case HubTask():
+            return config.holdout == 0 and config.eval_split is None
+        case _:
+            return False
+
+
+def _remedy(config: TaskConfig, split: Split) -> str:
+    match config:
+        case ArithmeticTask():
+            return "raise max_terms or add a kind, so that there are more problems"
+        case JsonlTask():
+            own, source = "eval_path", config.path if split == "train" else config.eval_path or config.path
+        case HubTask():
+            own, source = "eval_split", config.path
+    return (
+        f"check that {source} is not empty; where `holdout` ({config.holdout}) leaves nothing on this side, change it "
+        f"or set `{own}`" + ("; `holdout: 0` leaves the task out of evaluation" if split == "test" else "")
+    )

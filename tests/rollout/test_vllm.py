@@ -1,0 +1,330 @@
+"""The vLLM engine for real: tiny models on the CPU against transformers in float32."""
+
+import copy
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from remix.rollout.vllm import VLLMEngine
+from remix.types import Completion, Request, Sampling
+
+VOCABULARY, EOS = 60, 1  # 60 is no multiple of vLLM's padding (64)
+MAX_MODEL_LEN = 512
+# vLLM caches prompts by blocks of 128 tokens: this one fills three.
+LONG_PROMPT = tuple(2 + (7 * i * i + 3 * i) % (VOCABULARY - 2) for i in range(400))
+SHORT_PROMPT = (5, 9, 14)
+
+
+def tiny_model(tied: bool, seed: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        tie_word_embeddings=tied,
+        # Far wider than the default .02: attention must matter, so that a stale cache or weight shows.
+        initializer_range=0.15,
+        eos_token_id=EOS,
+    )
+    model = Qwen2ForCausalLM(config).float().eval()
+    for name, weight in model.named_parameters():
+        if "bias" in name or "norm" in name:  # transformers starts these at 0 and 1 under every seed
+            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.2)
+    return model
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: Qwen2ForCausalLM, prompt: Sequence[int], completion: Completion, temperature: float
+) -> Tensor:
+    """[R] log-probs of the response by transformers."""
+    ids = torch.cat([torch.tensor(prompt), completion.response_ids])
+    logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(-1, completion.response_ids[:, None])[:, 0]
+
+
+def assert_logprobs_of(model: Qwen2ForCausalLM, requests: list[Request], got: list[Completion], t: float) -> None:
+    for request, completion in zip(requests, got, strict=True):
+        expected = reference_logprobs(model, request.prompt_ids, completion, t)
+        torch.testing.assert_close(completion.sampler_logprobs, expected, atol=1e-4, rtol=0)
+
+
+def checkpoint(model: Qwen2ForCausalLM, with_head: bool = True) -> dict[str, Tensor]:
+    """Weights by their names in a checkpoint; a tied head is among them only with `with_head`."""
+    weights = dict(model.state_dict())
+    if not with_head:
+        del weights["lm_head.weight"]
+    return weights
+
+
+def cached_tokens(engine: VLLMEngine, prompt: tuple[int, ...]) -> int:
+    """How much of the prompt vLLM takes from its prefix cache."""
+    (output,) = engine._llm.generate({"prompt_token_ids": list(prompt)}, use_tqdm=False)
+    return int(output.num_cached_tokens)
+
+
+@dataclass
+class Case:
+    engine: VLLMEngine
+    tied: bool
+    first: Qwen2ForCausalLM
+    """Its weights are those that the engine starts with."""
+    second: Qwen2ForCausalLM
+    """Other weights, from another seed."""
+
+
+def saved(model: Qwen2ForCausalLM, path: Path) -> str:
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="class", params=[True, False], ids=["tied", "untied"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    tied = request.param
+    first, second = tiny_model(tied, seed=0), tiny_model(tied, seed=1)
+    engine = VLLMEngine(
+        saved(first, tmp_path_factory.mktemp("model")), max_model_len=MAX_MODEL_LEN, kv_cache_gib=0.06, seed=3
+    )
+    yield Case(engine, tied, first, second)
+    engine.close()
+
+
+@pytest.fixture
+def started(case: Case) -> Case:
+    """The case with the engine back at its first weights, whatever ran before."""
+    case.engine.sync(checkpoint(case.first).items())
+    return case
+
+
+REQUESTS = [Request(LONG_PROMPT, seed) for seed in range(3)] + [Request(SHORT_PROMPT, seed) for seed in range(3)]
+
+
+def trainer_state() -> dict[str, Any]:
+    numpy_state = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
+        "python": random.getstate(),
+        "threads": torch.get_num_threads(),
+        "set_num_threads": torch.set_num_threads,
+        "default dtype": torch.get_default_dtype(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "grad": torch.is_grad_enabled(),
+        "dynamo": torch._dynamo.config.disable,
+        "environment": {name: os.environ.get(name) for name in ("LD_PRELOAD", "RANK", "LOCAL_WORLD_SIZE")},
+    }
+
+
+class TestSampleAndSync:
+    """On the engine of `case`, in turn for a tied and an untied head."""
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_logprobs_are_those_of_transformers_before_and_after_a_sync(self, case: Case, temperature: float) -> None:
+        sampling = Sampling(max_tokens=24, temperature=temperature)
+        if temperature == 1.0:  # once, before any sync: as loaded from the checkpoint
+            assert_logprobs_of(case.first, REQUESTS, case.engine.generate(REQUESTS, sampling), temperature)
+        # First weights, second, and first again; twice each, the second time from the prefix cache.
+        for model in (case.first, case.second, case.first):
+            case.engine.sync(iter(checkpoint(model, with_head=not case.tied).items()))
+            assert cached_tokens(case.engine, LONG_PROMPT) == 0
+            assert cached_tokens(case.engine, LONG_PROMPT) == 384  # 3 whole blocks of 128
+            got = case.engine.generate(REQUESTS, sampling)
+            assert_logprobs_of(model, REQUESTS, got, temperature)
+        other = reference_logprobs(case.second, LONG_PROMPT, got[0], temperature)
+        assert (other - got[0].sampler_logprobs).abs().mean() > 1  # the two models are far apart
+
+    def test_a_tied_head_may_come_or_not(self, started: Case) -> None:
+        for with_head in (True, False) if started.tied else (True,):
+            started.engine.sync(checkpoint(started.first).items())
+            started.engine.sync(checkpoint(started.second, with_head).items())
+            got = started.engine.generate(REQUESTS, Sampling(max_tokens=8))
+            assert_logprobs_of(started.second, REQUESTS, got, 1.0)
+
+    def test_sync_reads_a_tensor_before_it_asks_for_the_next(self, started: Case) -> None:
+        """As where weights are gathered one at a time into memory that is used again."""
+
+        def gathered() -> Iterator[tuple[str, Tensor]]:
+            for name, weight in checkpoint(started.second).items():
+                buffer = weight.clone()
+                yield name, buffer
+                buffer.fill_(float("nan"))
+
+        started.engine.sync(gathered())
+        got = started.engine.generate(REQUESTS, Sampling(max_tokens=8))
+        assert_logprobs_of(started.second, REQUESTS, got, 1.0)
+
+    def test_half_precision_weights_are_taken_over(self, started: Case) -> None:
+        halved = {name: weight.bfloat16() for name, weight in checkpoint(started.second).items()}
+        started.engine.sync(halved.items())
+        got = started.engine.generate(REQUESTS, Sampling(max_tokens=8))
+        rounded = copy.deepcopy(started.second)
+        rounded.load_state_dict(halved)
+        assert_logprobs_of(rounded, REQUESTS, got, 1.0)
+
+    def test_the_seed_alone_determines_a_response(self, started: Case) -> None:
+        sampling = Sampling(max_tokens=32)
+        together = started.engine.generate(REQUESTS, sampling)
+        alone = [started.engine.generate([request], sampling)[0] for request in REQUESTS]
+        reversed_order = started.engine.generate(REQUESTS[::-1], sampling)[::-1]
+        for first, second, third in zip(together, alone, reversed_order, strict=True):
+            assert first.response_ids.tolist() == second.response_ids.tolist() == third.response_ids.tolist()
+        assert len({tuple(c.response_ids.tolist()) for c in together[:3]}) == 3  # one prompt, three seeds
+        torch.manual_seed(0)
+        (first,) = started.engine.generate([Request(SHORT_PROMPT, -1)], sampling)
+        torch.manual_seed(1)
+        (second,) = started.engine.generate([Request(SHORT_PROMPT, -1)], sampling)
+        assert first.response_ids.tolist() == second.response_ids.tolist()  # -1 is a seed like any other
+
+    def test_temperature_0_is_greedy_with_logprobs_at_temperature_1(self, started: Case) -> None:
+        (got,) = started.engine.generate([Request(LONG_PROMPT, 0)], Sampling(max_tokens=16, temperature=0.0))
+        ids = torch.tensor([LONG_PROMPT])
+        expected = started.first.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        assert got.response_ids.tolist() == expected[0, len(LONG_PROMPT) :].tolist()
+        assert_logprobs_of(started.first, [Request(LONG_PROMPT, 0)], [got], 1.0)
+
+    def test_responses_end_with_the_eos_token_or_at_the_limit(self, started: Case) -> None:
+        requests = [Request(SHORT_PROMPT, seed) for seed in range(64)]
+        got = started.engine.generate(requests, Sampling(max_tokens=40))
+        for completion in got:
+            ids = completion.response_ids
+            assert ids.dtype == torch.int64
+            assert completion.sampler_logprobs.dtype == torch.float32
+            assert len(completion.sampler_logprobs) == len(ids)
+            assert EOS not in ids[:-1]
+            assert completion.finish_reason == ("stop" if ids[-1] == EOS else "length")
+            assert completion.finish_reason == "stop" or len(ids) == 40
+        assert {completion.finish_reason for completion in got} == {"stop", "length"}
+
+    def test_no_requests_no_completions(self, started: Case) -> None:
+        assert started.engine.generate([], Sampling(max_tokens=4)) == []
+
+    def test_a_prompt_that_leaves_no_room_is_refused(self, started: Case) -> None:
+        fits = Request((5,) * (MAX_MODEL_LEN - 4), 0)
+        assert len(started.engine.generate([fits], Sampling(max_tokens=4))) == 1
+        with pytest.raises(ValueError, match=r"508 tokens.*512.*`rollout\.engine\.max_model_len` to at least 513"):
+            started.engine.generate([Request(SHORT_PROMPT, 0), fits], Sampling(max_tokens=5))
+
+    def test_the_trainer_is_left_as_it_was(self, started: Case, capfd: pytest.CaptureFixture[str]) -> None:
+        torch.manual_seed(11)
+        before = trainer_state()
+        started.engine.generate(REQUESTS, Sampling(max_tokens=4))
+        started.engine.sync(checkpoint(started.second).items())
+        assert trainer_state() == before
+        assert capfd.readouterr().out == ""  # the progress display has the screen
+
+    def test_one_engine_at_a_time(self, started: Case) -> None:
+        with pytest.raises(RuntimeError, match="Close it first"):
+            VLLMEngine("anywhere", max_model_len=8)
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2ForCausalLM:
+    return tiny_model(tied=True, seed=0)
+
+
+@pytest.fixture(scope="module")
+def path(model: Qwen2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(model, tmp_path_factory.mktemp("model"))
+
+
+class TestOwnEngine:
+    """What needs an engine of its own, after those of `case` are closed."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda w: w | {"model.layers.0.mlp.up.weight": torch.zeros(1)},
+                r"'model\.layers\.0\.mlp\.up\.weight' is no weight .*Did you mean 'model\.layers\.0\.mlp\.up_proj",
+            ),
+            (
+                lambda w: {name: tensor for name, tensor in w.items() if "layers.1.self_attn.k_proj" not in name},
+                r"2 of 26 weights .* did not come, for example model\.layers\.1\.self_attn\.k_proj\.bias",
+            ),
+            (
+                lambda w: w | {"model.norm.weight": torch.zeros(64)},
+                r"'model\.norm\.weight' has shape \(64,\), .* it has \(128,\)",
+            ),
+        ],
+        ids=["unknown", "missing", "shape"],
+    )
+    def test_a_wrong_sync_fails_and_leaves_no_usable_mixture(
+        self, path: str, model: Qwen2ForCausalLM, change: Any, message: str
+    ) -> None:
+        engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03)
+        try:
+            with pytest.raises(ValueError, match=message):
+                engine.sync(change(checkpoint(model)).items())
+            with pytest.raises(RuntimeError, match="mixture"):
+                engine.generate([Request(SHORT_PROMPT, 0)], Sampling(max_tokens=1))
+            with pytest.raises(RuntimeError, match="mixture"):
+                engine.sync(checkpoint(model).items())
+        finally:
+            engine.close()
+
+    def test_a_process_group_of_the_trainer_is_used_and_kept(
+        self, path: str, model: Qwen2ForCausalLM, tmp_path: Path
+    ) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            torch.set_float32_matmul_precision("high")
+            before = trainer_state()
+            # An eos of the caller's choice in place of the checkpoint's.
+            engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03, eos_token_ids=[7, 8])
+            assert trainer_state() == before
+            torch.set_float32_matmul_precision("highest")
+            requests = [Request(SHORT_PROMPT, seed) for seed in range(64)]
+            got = engine.generate(requests, Sampling(max_tokens=40))
+            assert_logprobs_of(model, requests, got, 1.0)
+            stopped = [completion.response_ids for completion in got if completion.finish_reason == "stop"]
+            assert {int(ids[-1]) for ids in stopped} == {7, 8}
+            assert any(EOS in ids for ids in stopped)
+            engine.close()
+            engine.close()
+            torch.distributed.barrier()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+            torch.distributed.destroy_process_group()
+
+    def test_a_head_that_the_checkpoint_stores_beside_its_embedding(
+        self, model: Qwen2ForCausalLM, tmp_path: Path
+    ) -> None:
+        """The config says tied and the file has the head all the same, as other tools write it."""
+        from safetensors.torch import load_file, save_file
+
+        path = saved(model, tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        head = weights["model.embed_tokens.weight"].clone()
+        save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        other = tiny_model(tied=True, seed=1)
+        requests = [Request(SHORT_PROMPT, 0)]
+        engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03)
+        try:
+            for with_head in (False, True):
+                engine.sync(checkpoint(model).items())
+                engine.sync(checkpoint(other, with_head).items())
+                assert_logprobs_of(other, requests, engine.generate(requests, Sampling(max_tokens=16)), 1.0)
+        finally:
+            engine.close()
+
+
+def test_without_vllm_the_import_names_the_remedy() -> None:
+    code = "import sys; sys.modules['vllm'] = None; import remix.rollout.vllm"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: vLLM is not installed. Run `bash scripts/setup.sh vllm`" in done.stderr
