@@ -39,12 +39,7 @@ def save(run_dir: Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    flat = {
-        f"{section}.{name}": tensor.detach().cpu().contiguous().clone()
-        for section, tensors in checkpoint.tensors.items()
-        for name, tensor in tensors.items()
-    }
-    save_file(flat, temporary / "tensors.safetensors")
+    save_file(_flat(checkpoint.tensors), temporary / "tensors.safetensors")
     (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
     for file in temporary.iterdir():
         _sync(file)
@@ -105,6 +100,19 @@ def load_rng(tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def _flat(sections: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """In main memory, by one name each; copied only where safetensors would refuse two on the same memory."""
+    flat: dict[str, Tensor] = {}
+    taken = set[int]()
+    for section, tensors in sections.items():
+        for name, tensor in tensors.items():
+            plain = tensor.detach().cpu().contiguous()
+            memory = plain.untyped_storage().data_ptr()
+            flat[f"{section}.{name}"] = plain.clone() if memory in taken else plain
+            taken.add(memory)
+    return flat
 
 
 def _sync(path: Path) -> None:

@@ -7,6 +7,7 @@ from which a resumed run takes its replay back.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +89,8 @@ _SCHEMA = pa.schema(
         ("task", pa.string()),
         ("prompt_id", pa.string()),
         ("prompt", pa.string()),
+        ("conversation", pa.bool_()),
+        ("images", pa.list_(pa.string())),
         ("answer", pa.string()),
         ("response", pa.string()),
         ("reward", pa.float64()),
@@ -121,7 +124,10 @@ def write_shard(path: Path, step: int, kept: Sequence[RolloutGroup], dropped: Se
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, compression="zstd")
+    with temporary.open("wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint will count on it
     temporary.replace(path)
 
 
@@ -146,6 +152,8 @@ def _row(
         "task": prompt.task,
         "prompt_id": prompt.id,
         "prompt": prompt.content if isinstance(prompt.content, str) else json.dumps([dict(m) for m in prompt.content]),
+        "conversation": not isinstance(prompt.content, str),
+        "images": list(prompt.images),
         "answer": prompt.answer,
         "response": rollout.text,
         "reward": score.value,
@@ -169,7 +177,9 @@ def _rollout(row: dict[str, Any]) -> tuple[Prompt, Rollout]:
     def floats(name: str) -> Tensor | None:
         return None if row[name] is None else torch.tensor(row[name], dtype=torch.float32)
 
-    prompt = Prompt(row["prompt_id"], row["prompt"], row["answer"], row["task"], tuple(row["prompt_ids"]))
+    content = tuple(json.loads(row["prompt"])) if row["conversation"] else row["prompt"]
+    images = tuple(row["images"])
+    prompt = Prompt(row["prompt_id"], content, row["answer"], row["task"], tuple(row["prompt_ids"]), images)
     return prompt, Rollout(
         prompt_ids=torch.tensor(row["prompt_ids"]),
         response_ids=torch.tensor(row["response_ids"]),

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 training stopped on an error, 2 the request itself is wrong."""
+    """Exit status: 0 done, 1 training stopped on an error, 2 the request itself is wrong, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="remix.train", description="Trains a recipe.")
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; with --resume the run's own")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, for example seed=1")
@@ -36,14 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
 def run(recipe: Any, recipe_path: str, *, resume: bool) -> None:
     """Trains a recipe to its last step and writes final/ and result.json into its run directory."""
+    from rich.console import Console
     from transformers.utils import logging
 
     from remix.tracking.progress import Progress
+    from remix.tracking.summary import before_after_table
     from remix.training.build import open_trainer
     from remix.training.distributed import Cluster
     from remix.training.finish import finish
@@ -53,7 +58,9 @@ def run(recipe: Any, recipe_path: str, *, resume: bool) -> None:
     progress = Progress(Path(recipe_path).stem, recipe.run_dir, recipe.last_step, enabled=cluster.is_main)
     with progress, open_trainer(recipe, cluster, progress, resume=resume) as trainer:
         trainer.fit()
-        finish(trainer, recipe_path)
+        result = finish(trainer, recipe_path)
+    if cluster.is_main:
+        Console().print(before_after_table(result))
 
 
 def _request(recipe: str | None, overrides: list[str], resume: str | None) -> tuple[str, list[str]]:

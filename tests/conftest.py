@@ -23,3 +23,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_untied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny_untied"), tie=False)
+
+
+@pytest.fixture(scope="session")
+def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model again: its head size of 32 is one that vLLM's CPU attention has."""
+    return make_tiny_model(tmp_path_factory.mktemp("vllm"))

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "recipes" / "embedded"
 
 
-def make_tiny_model(folder: Path, *, tie: bool = True, seed: int = 0) -> Path:
+def make_tiny_model(folder: Path, *, tie: bool = True, seed: int = 5) -> Path:
     """A random Qwen2 of 2 layers, saved with the embedded model's character tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "base")
     config = Qwen2Config(
@@ -50,8 +50,8 @@ def tiny_recipe(model: Path, run_dir: Path, changes: Mapping[str, Any] | None = 
         "model": {"path": str(model)},
         "tasks": [{"type": "arithmetic", "kinds": ["sum"], "min_terms": 3, "max_terms": 4, "size": 64}],
         "prompt": {"max_tokens": 16},
-        "rewards": [{"type": "length", "free_tokens": 1, "max_tokens": 12}],
-        "rollout": {"group_size": 4, "max_tokens": 12},
+        "rewards": [{"type": "length", "free_tokens": 1, "max_tokens": 24}],
+        "rollout": {"group_size": 4, "max_tokens": 24},
         "batch": {"prompts": 6, "minibatches": 2},
         "optimizer": {"lr": 1e-3, "critic_lr": 1e-3},
         "eval": {"every": 0, "prompts": 4},
@@ -71,8 +71,9 @@ def opened(recipe: Recipe, *, resume: bool = False) -> Iterator[Any]:
     from remix.training.build import open_trainer
     from remix.training.distributed import Cluster
 
+    cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir))
     progress = Progress("test", recipe.run_dir, recipe.last_step, enabled=False)
-    with progress, open_trainer(recipe, Cluster(), progress, resume=resume) as trainer:
+    with progress, open_trainer(recipe, cluster, progress, resume=resume) as trainer:
         yield trainer
 
 

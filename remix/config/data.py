@@ -90,10 +90,14 @@ class MathReward(RewardBlock):
 
 
 class FormatReward(RewardBlock):
-    """1 if the whole response matches the regular expression."""
+    """1 if the whole response matches the regular expression.
+
+    Mind backtracking: a pattern with several `.*` can take seconds on a long response. The default's atomic groups
+    cannot.
+    """
 
     type: Literal["format"] = "format"
-    pattern: str = r"(?s)<think>.*</think>.*\\boxed\{.*\}.*"
+    pattern: str = r"(?s)<think>(?>.*?</think>)(?>.*?\\boxed\{).*\}.*"
 
 
 class LengthReward(RewardBlock):

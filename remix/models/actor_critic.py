@@ -120,7 +120,8 @@ class ActorCritic(nn.Module):
             hidden_NH = hidden_BSH[:, :-1][mask_BT]
         elif self.detach_value:
             hidden_NH = hidden_NH.detach()
-        return self.value_head(hidden_NH).squeeze(-1)  # type: ignore[no-any-return]
+        with torch.autocast(hidden_NH.device.type, enabled=False):  # bfloat16 would round values to 3 digits
+            return self.value_head(hidden_NH.float()).squeeze(-1)  # type: ignore[no-any-return]
 
     def _token_stats(
         self, hidden_NH: Tensor, labels_N: Tensor, temperature: float, anchors: tuple[AnchorStates, ...]

@@ -94,9 +94,14 @@ def add_adapter(lm: Any, config: NoAdapter | LoraAdapter) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(lm, lora, adapter_name=ADAPTER)
+        adapted = get_peft_model(lm, lora, adapter_name=ADAPTER)
     except ValueError as error:
         raise ValueError(f"adapter.targets {config.targets}: {error}") from error
+    embeddings = {lm.get_input_embeddings(), lm.get_output_embeddings()}
+    if embeddings & set(_adapter_layers(adapted)):
+        # Log-probs are computed from the head's own weight, which the embedding may share.
+        raise ValueError(f"adapter.targets {config.targets}: leave out the embedding and the output head")
+    return adapted
 
 
 def merge_adapter(lm: Any) -> None:
@@ -115,7 +120,8 @@ def checkpoint_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
     if not hasattr(lm, "get_base_model"):
         yield from ((name, tensor.detach()) for name, tensor in lm.state_dict().items())
         return
-    merged = {f"{name}.base_layer.weight": layer for name, layer in lm.named_modules() if layer in _adapter_layers(lm)}
+    adapted = set(_adapter_layers(lm))
+    merged = {f"{name}.base_layer.weight": layer for name, layer in lm.named_modules() if layer in adapted}
     for name, tensor in lm.state_dict().items():
         if f".{ADAPTER}." in f"{name}." or ".lora_" in name:
             continue

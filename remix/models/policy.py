@@ -118,15 +118,19 @@ class Policy:
             for row, index in enumerate(indices):
                 start = len(rollouts[index].prompt_ids) - 1
                 span = slice(start, start + len(rollouts[index].response_ids))
-                values = None if output.values is None else output.values[row, span].cpu()
-                scores[index] = TokenScores(output.logprobs[row, span].cpu(), values)
+                # Copies, not views: what is kept or sent of one response must not hold its whole micro-batch.
+                values = None if output.values is None else output.values[row, span].to("cpu", copy=True)
+                scores[index] = TokenScores(output.logprobs[row, span].to("cpu", copy=True), values)
         return [score for score in scores if score is not None]
 
     @torch.no_grad()
     def anchor_states(self, batch: Batch, anchor: Snapshot) -> AnchorStates:
         """Hidden states and head of an anchor on a micro-batch, for the exact KL."""
         inputs = (batch.input_ids, batch.response_mask)
+        training = self.module.training
+        self.module.eval()  # dropout would make the anchor another policy
         states: AnchorStates = functional_call(_States(self.module), self._on_device(anchor, "module."), inputs)
+        self.module.train(training)
         return states
 
     def _on_device(self, anchor: Snapshot | None, prefix: str = "") -> Snapshot:

@@ -46,6 +46,7 @@ def sampler_mismatch(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     if not pairs:
         return {}
     difference = torch.cat([trainer - sampler for trainer, sampler in pairs]).double()
+    difference = difference[difference.isfinite()]  # rollouts with others are left out of training, and counted there
     return {
         "sampler/mismatch_mean": difference.abs().mean().item(),
         "sampler/mismatch_max": difference.abs().max().item(),

@@ -11,6 +11,9 @@ from torch import Tensor
 SAMPLE_SIZE = 16384
 """Ratios kept per lag and rank for the quantiles; means, clip fractions and sample sizes are of all tokens."""
 
+DIVERGENCES = {"kl_reference": "kl/reference", "kl_precedent": "kl/precedent", "update_kl": "kl/update"}
+"""Per-token estimates and the names of their means."""
+
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 
 
@@ -28,9 +31,8 @@ class TokenStats:
         self.sums["tokens"] += ratio.numel()
         self.sums["lag"] += lags.sum().item()
         self.sums["entropy"] += tokens["entropy"].double().sum().item()
-        self.sums["update_kl"] += tokens["update_kl"].double().sum().item()
         self.sums["weight"] += ratio.sum().item()
-        for name in ("kl_reference", "kl_precedent"):
+        for name in DIVERGENCES:
             if name in tokens:
                 self.sums[name] += (ratio * tokens[name].double()).sum().item()
         for lag in lags.unique().tolist():
@@ -47,7 +49,8 @@ class TokenStats:
         small.sums.update(self.sums)
         for lag, parts in self.ratios.items():
             ratios = torch.cat(parts)
-            small.ratios[lag] = [ratios[:: max(1, -(-ratios.numel() // SAMPLE_SIZE))]]
+            # A copy: pickling a view would send all of them.
+            small.ratios[lag] = [ratios[:: max(1, -(-ratios.numel() // SAMPLE_SIZE))].clone()]
         return small
 
     @staticmethod
@@ -63,8 +66,8 @@ class TokenStats:
     def metrics(self) -> dict[str, float]:
         """KL, entropy and lag over all tokens; ratio, clip fraction and effective sample size per lag and over all.
 
-        The KL to reference and precedent is that of the policy in training: estimates on its predecessors' tokens
-        are weighted by the importance ratio.
+        Every KL is that of the policy in training: estimates on its predecessors' tokens are weighted by the
+        importance ratio.
         """
         count = self.sums["tokens"]
         if not count:
@@ -72,11 +75,10 @@ class TokenStats:
         metrics = {
             "entropy": self.sums["entropy"] / count,
             "policy_lag/mean": self.sums["lag"] / count,
-            "kl/update": self.sums["update_kl"] / count,
         }
-        for name in ("reference", "precedent"):
-            if f"kl_{name}" in self.sums:
-                metrics[f"kl/{name}"] = self.sums[f"kl_{name}"] / self.sums["weight"]
+        for name, label in DIVERGENCES.items():
+            if name in self.sums:
+                metrics[label] = self.sums[name] / self.sums["weight"]
         lags = sorted(self.ratios)
         weight, square = (sum(self.sums[f"{name}/{lag}"] for lag in lags) for name in ("w", "w2"))
         metrics["ratio/mean"] = weight / count

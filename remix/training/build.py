@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
 from remix.models.loading import load_actor_critic, load_tokenizer
@@ -34,6 +36,7 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
     Closes what it opened. Raises ValueError for whatever the recipe asks that cannot be had.
     """
     run_dir = Path(recipe.run_dir)
+    torch.manual_seed(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
     tokenizer = load_tokenizer(recipe.model)
     train, held_out = (_encoded_tasks(recipe, split, tokenizer) for split in ("train", "test"))
     module = load_actor_critic(recipe, tokenizer, cluster.device)
@@ -43,6 +46,11 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
     saved = checkpoint.load_latest(run_dir) if resume else None
     if saved is not None:
         state = from_checkpoint(saved, policy, updater, replay, run_dir)
+        if recipe.kl.weight and policy.reference is None:
+            raise ValueError(
+                "the run that is resumed had kl.weight 0 and so kept no reference: leave it at 0, or start a new run"
+            )
+        progress.step, progress.base_pass_at_1 = state.step, state.base_pass_at_1
     else:
         state = TrainState()
         policy.reference = policy.snapshot() if recipe.kl.weight else None

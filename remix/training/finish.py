@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from remix.models.loading import save_model
 from remix.tracking.model_card import model_card
 from remix.tracking.run_log import write_json
 from remix.training.loop import Trainer
 
 
-def finish(trainer: Trainer, recipe_path: str) -> None:
-    """Writes final/ and result.json."""
+def finish(trainer: Trainer, recipe_path: str) -> dict[str, Any]:
+    """Writes final/ and result.json, whose content it returns."""
     state, recipe = trainer.state, trainer.recipe
+    result = {
+        "base_pass_at_1": state.base_pass_at_1,
+        "final_pass_at_1": state.pass_at_1,
+        "rollouts": state.rollouts,
+        "steps": state.step,
+        "seconds": round(state.seconds, 3),
+        "recipe": recipe_path,
+        "run_dir": str(trainer.run_dir),
+        "seed": recipe.seed,
+        "reincarnations": state.phase.reincarnations,
+    }
     if trainer.cluster.is_main:
         trainer.progress.stage("saving the model")
         final = trainer.run_dir / "final"
         lm, tokenizer = trainer.policy.module.lm, trainer.policy.tokenizer
         save_model(lm, tokenizer, final, base_changed=state.base_merged)
-        result = {
-            "base_pass_at_1": state.base_pass_at_1,
-            "final_pass_at_1": state.pass_at_1,
-            "rollouts": state.rollouts,
-            "steps": state.step,
-            "seconds": round(state.seconds, 3),
-            "recipe": recipe_path,
-            "run_dir": str(trainer.run_dir),
-            "seed": recipe.seed,
-            "reincarnations": state.phase.reincarnations,
-        }
         (final / "README.md").write_text(model_card(recipe, result), encoding="utf-8")
         write_json(trainer.run_dir / "result.json", result)
     trainer.cluster.barrier()
+    return result

@@ -149,10 +149,12 @@ class Trainer:
         """As many replayed groups as make up the share p beside the fresh ones that are left."""
         if not isinstance(phase, MixPolicyPhase):
             return []
-        share = phase.off_policy_fraction
+        # In the whole prompts that p of the batch amounts to, so that the batch is full where nothing was dropped.
+        planned_fresh = self.recipe.fresh_prompts(phase)
+        planned_replayed = self.recipe.batch.prompts - planned_fresh
         rng = np.random.default_rng((self.recipe.seed, step, 1))
         return self.replay.draw(
-            round(num_fresh * share / (1.0 - share)),
+            round(num_fresh * planned_replayed / planned_fresh),
             step=step,
             window=phase.window,
             distribution=phase.lag_distribution,

@@ -1,0 +1,186 @@
+"""Deadlines and lost workers, with real processes: whatever happens to one answer, the others are graded."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from remix.rewards import GraderPool
+from remix.rewards.pool import _Worker
+
+HALF = r"\frac{1}{2}"
+RIGHT, WRONG = r"\boxed{\frac{2}{4}}", r"\boxed{\frac{1}{3}}"  # both take mathematics, and so a worker
+BOMB = r"\boxed{9^{9^{9^{9}}} - 1}"
+
+
+def verdicts(pool: GraderPool, *responses: str, gold: str = HALF) -> list[str]:
+    return [found.verdict for found in pool.grade([(gold,)] * len(responses), responses)]
+
+
+def children() -> set[int]:
+    """Processes that this one started and that run."""
+    found = set()
+    for entry in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{entry}/stat") as stat:
+                state, parent = stat.read().rpartition(")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.add(int(entry))
+    return found
+
+
+def test_grades_in_order_and_keeps_its_workers():
+    before = children()
+    with GraderPool(workers=2, timeout=30) as pool:
+        responses = [RIGHT, WRONG, "", RIGHT, r"\boxed{5}", "no idea"] * 4
+        expected = ["correct", "wrong", "no_answer", "correct", "wrong", "no_answer"] * 4
+        assert verdicts(pool, *responses) == expected
+        started = children() - before
+        assert len(started) == 2
+        assert verdicts(pool, *responses) == expected
+        assert children() - before == started
+    assert children() == before
+
+
+def test_what_text_decides_starts_no_process():
+    before = children()
+    with GraderPool() as pool:
+        assert verdicts(pool, r"\boxed{5}", r"\boxed{6}", "", gold="5") == ["correct", "wrong", "no_answer"]
+        assert children() == before
+
+
+def test_bombs_end_at_the_deadline_and_the_others_are_graded():
+    with GraderPool(workers=2, timeout=1.5) as pool:
+        verdicts(pool, RIGHT, RIGHT)  # both are up, so that only grading is timed
+        began = time.monotonic()
+        found = verdicts(pool, RIGHT, BOMB, WRONG, r"\boxed{(10^{10^{10}})!}", RIGHT)
+        assert time.monotonic() - began < 20
+        assert [found[0], found[2], found[4]] == ["correct", "wrong", "correct"]
+        assert found[1] in ("timeout", "error")  # which of time and memory ends it depends on the machine
+        assert found[3] in ("timeout", "error")
+        assert verdicts(pool, RIGHT, WRONG) == ["correct", "wrong"]
+
+
+def test_deep_nesting_ends_at_the_deadline():
+    nested = r"\boxed{" + "(" * 900 + "1" + ")" * 900 + "}"
+    with GraderPool(workers=1, timeout=1) as pool:
+        verdicts(pool, RIGHT)
+        assert verdicts(pool, nested)[0] in ("timeout", "error")
+        assert verdicts(pool, RIGHT) == ["correct"]
+
+
+def test_a_worker_killed_from_outside_costs_its_own_answer_only(monkeypatch):
+    before = children()
+    killed = []
+
+    def send_and_kill(self, task, request):
+        """As the system's memory killer would: SIGKILL while the worker is at the second answer."""
+        send(self, task, request)
+        if task == 1:
+            self._exchange()
+            (victim,) = children() - before
+            os.kill(victim, signal.SIGKILL)
+            killed.append(victim)
+
+    send = _Worker.send
+    with GraderPool(workers=1, timeout=30) as pool:
+        verdicts(pool, RIGHT)
+        monkeypatch.setattr(_Worker, "send", send_and_kill)
+        assert verdicts(pool, RIGHT, BOMB, WRONG, RIGHT) == ["correct", "error", "wrong", "correct"]
+        assert len(killed) == 1
+        assert not children() & set(killed)
+
+
+def test_a_worker_lost_between_calls_costs_nothing():
+    before = children()
+    with GraderPool(workers=1, timeout=30) as pool:
+        verdicts(pool, RIGHT)
+        (victim,) = children() - before
+        os.kill(victim, signal.SIGKILL)
+        time.sleep(0.2)
+        assert verdicts(pool, RIGHT) == ["correct"]
+
+
+def test_a_stopped_worker_does_not_hang_the_caller():
+    before = children()
+    with GraderPool(workers=1, timeout=1) as pool:
+        verdicts(pool, RIGHT)
+        (victim,) = children() - before
+        os.kill(victim, signal.SIGSTOP)
+        golds = ["y" * 100_000 + str(i) for i in range(3)]  # more than a pipe holds
+        assert pool.grade([(*golds, HALF)], [RIGHT])[0].verdict == "timeout"
+        assert pool.grade([(*golds, HALF)], [RIGHT])[0].verdict == "correct"
+
+
+def test_workers_are_under_their_limits():
+    before = children()
+    with GraderPool(workers=1, timeout=30, memory=500 * 1024**2) as pool:
+        verdicts(pool, RIGHT)
+        (worker,) = children() - before
+        with open(f"/proc/{worker}/limits") as limits:
+            soft = {line[:26].strip(): line[26:].split()[0] for line in limits}
+        assert soft["Max address space"] == str(500 * 1024**2)
+        assert soft["Max core file size"] == "0"
+        assert 31 <= int(soft["Max cpu time"]) <= 40  # 31 s beyond what it has used: nobody else ends an orphan
+
+
+def test_from_threads():
+    results: dict[int, list[str]] = {}
+    with GraderPool(workers=2, timeout=30) as pool:
+
+        def work(number: int) -> None:
+            results[number] = verdicts(pool, *[RIGHT, WRONG][:: 1 if number % 2 else -1])
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == {n: ["correct", "wrong"] if n % 2 else ["wrong", "correct"] for n in range(6)}
+
+
+def test_after_a_failure_no_stale_reply_is_read(monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = children()
+    with GraderPool(workers=1, timeout=30) as pool:
+        verdicts(pool, RIGHT)
+        monkeypatch.setattr(_Worker, "attend", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            verdicts(pool, WRONG)
+        monkeypatch.undo()
+        assert children() == before
+        assert verdicts(pool, RIGHT) == ["correct"]
+
+
+def test_a_worker_that_cannot_start_is_said():
+    # Less address space than the interpreter needs, so the warm-up before "ready" fails.
+    with (
+        GraderPool(workers=1, memory=1024**2) as pool,
+        pytest.raises(RuntimeError, match=r"did not start.*math_worker"),
+    ):
+        verdicts(pool, RIGHT)
+
+
+def test_many_open_files():
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip("the system allows too few open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]  # beyond what select() can watch
+    try:
+        with GraderPool(workers=1, timeout=30) as pool:
+            assert verdicts(pool, RIGHT) == ["correct"]
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
