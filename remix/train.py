@@ -33,8 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, OSError) as error:
+    except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"error: {error}. What was written before is whole: free space or mend the path, then go on with "
+            f"--resume {recipe.run_dir}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)

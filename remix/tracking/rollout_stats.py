@@ -22,6 +22,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], reflection_patterns: Sequenc
         "reward/mean": fmean(score.value for score in scores),
         "reward/std": pstdev(score.value for score in scores),
         "rollouts/uniform_groups": fmean(group.uniform for group in groups),
+        "tokens/sampled": float(sum(lengths)),
         "response/length": fmean(lengths),
         "response/length_max": float(max(lengths)),
         "response/truncated": fmean(rollout.truncated for rollout in rollouts),

@@ -73,6 +73,7 @@ class TokenStats:
         if not count:
             return {}
         metrics = {
+            "tokens/trained": count,
             "entropy": self.sums["entropy"] / count,
             "policy_lag/mean": self.sums["lag"] / count,
         }

@@ -66,7 +66,9 @@ def test_reward_plateau() -> None:
 
 def test_a_falling_reward_is_a_plateau() -> None:
     assert first_firing(RewardPlateauTrigger(window=1, min_gain=0.0), rewards(1.0, 0.9)) == 2
-    assert first_firing(RewardPlateauTrigger(window=1, min_gain=0.0), rewards(1.0, 1.0, 1.1)) is None, "0 is not below 0"
+    assert first_firing(RewardPlateauTrigger(window=1, min_gain=0.0), rewards(1.0, 1.0, 1.1)) is None, (
+        "0 is not below 0"
+    )
 
 
 def test_length_drop() -> None:

@@ -1,0 +1,210 @@
+"""A checkpoint is whole or absent, holds nothing of pickle, and training goes on from it bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from remix import checkpoint
+from remix.checkpoint import Checkpoint, load_latest, load_optimizer, load_rng, optimizer_tensors, rng_tensors, save
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 1))
+
+
+def optimizer_of(module: nn.Module, lr: float = 1e-2) -> torch.optim.AdamW:
+    first, last = list(module[0].parameters()), list(module[3].parameters())
+    return torch.optim.AdamW(
+        [{"params": first, "name": "policy", "lr": lr}, {"params": last, "name": "critic", "lr": 2 * lr}],
+        weight_decay=0.1,
+    )
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Dropout and data both draw from torch's generator."""
+    for _ in range(steps):
+        module(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def taken(module: nn.Module, optimizer: torch.optim.Optimizer, **state: Any) -> Checkpoint:
+    tensors = {
+        "model": dict(module.named_parameters()),
+        "optimizer": optimizer_tensors(optimizer),
+        "rng": rng_tensors(),
+    }
+    return Checkpoint(state, tensors)
+
+
+def simple(step: int, **tensors: Tensor) -> Checkpoint:
+    return Checkpoint({"step": step}, {"model": tensors or {"w": torch.full((2,), float(step))}})
+
+
+def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    module = network()
+    optimizer = optimizer_of(module)
+    train(module, optimizer, 3)
+    save(tmp_path, 3, taken(module, optimizer, step=3), keep=1)
+    train(module, optimizer, 3)
+
+    resumed = network()
+    other = optimizer_of(resumed)
+    train(resumed, other, 1)  # moments, weights and generator elsewhere than at the start
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.state == {"step": 3}
+    with torch.no_grad():
+        for name, parameter in resumed.named_parameters():
+            parameter.copy_(loaded.tensors["model"][name])
+    load_optimizer(other, loaded.tensors["optimizer"])
+    load_rng(loaded.tensors["rng"])
+    train(resumed, other, 3)
+
+    for one, two in zip(module.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+    states = optimizer_tensors(optimizer), optimizer_tensors(other)
+    assert states[0].keys() == states[1].keys()
+    assert {"0.exp_avg", "0.exp_avg_sq", "0.step", "3.exp_avg"} <= states[0].keys()
+    assert states[0]["0.step"].item() == 6
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_loading_the_optimizer_leaves_the_recipe_its_settings() -> None:
+    module = network()
+    optimizer = optimizer_of(module, lr=1e-2)
+    train(module, optimizer, 1)
+    tensors = optimizer_tensors(optimizer)
+    other = optimizer_of(network(), lr=5e-4)
+    load_optimizer(other, tensors)
+    assert [(group["name"], group["lr"]) for group in other.param_groups] == [("policy", 5e-4), ("critic", 1e-3)]
+
+
+def test_an_optimizer_that_has_not_stepped_has_no_state() -> None:
+    optimizer = optimizer_of(network())
+    assert optimizer_tensors(optimizer) == {}
+    load_optimizer(optimizer, {})
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_every_dtype_and_shape_comes_back(tmp_path: Path) -> None:
+    odd = {
+        "bf16": torch.tensor([1.0, 1e-8, -3.0], dtype=torch.bfloat16),
+        "scalar": torch.tensor(3.0),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "transposed": torch.arange(6.0).view(2, 3).T,
+        "part": torch.arange(10.0)[4:6],
+        "a.name.with.dots": torch.zeros(0, 4),
+    }
+    save(tmp_path, 1, Checkpoint({"x": [0.1, None, "é"]}, {"model": odd, "reference": {"w": torch.ones(1)}}), keep=1)
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.state == {"x": [0.1, None, "é"]}
+    assert loaded.tensors.keys() == {"model", "reference"}
+    for name, tensor in odd.items():
+        back = loaded.tensors["model"][name]
+        assert back.dtype == tensor.dtype
+        assert torch.equal(back, tensor)
+
+
+def test_tensors_that_share_memory_are_saved_each(tmp_path: Path) -> None:
+    """Precedent and next precedent are one snapshot in a run's first step."""
+    shared = torch.arange(6.0)
+    sections = {"precedent": {"w": shared}, "next_precedent": {"w": shared}, "model": {"half": shared[:3]}}
+    save(tmp_path, 1, Checkpoint({}, sections), keep=1)
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert (
+        loaded.tensors["precedent"]["w"].tolist()
+        == loaded.tensors["next_precedent"]["w"].tolist()
+        == [0, 1, 2, 3, 4, 5]
+    )
+    assert loaded.tensors["model"]["half"].tolist() == [0, 1, 2]
+
+
+def test_only_safetensors_and_json(tmp_path: Path) -> None:
+    module = network()
+    optimizer = optimizer_of(module)
+    train(module, optimizer, 1)
+    folder = save(tmp_path, 40, taken(module, optimizer, step=40), keep=1)
+    assert folder == tmp_path / "checkpoints" / "step=000040"
+    assert {file.name for file in folder.iterdir()} == {"state.json", "tensors.safetensors"}
+    assert json.loads((folder / "state.json").read_text()) == {"step": 40}
+    assert "optimizer.0.exp_avg" in load_file(folder / "tensors.safetensors")
+    # What pickle writes begins with its protocol, zipped or not.
+    assert not (folder / "tensors.safetensors").read_bytes().startswith((b"PK", b"\x80"))
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (2, 10, 9, 100):
+        save(tmp_path, step, simple(step), keep=2)
+    # After 2 and 10 both stay; 9 comes between and pushes out 2; 100 pushes out 9.
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["step=000010", "step=000100"]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step=000010", "step=000100"]
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.state["step"] == 100
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 5, simple(5, w=torch.zeros(2)), keep=3)
+    save(tmp_path, 5, simple(5, w=torch.ones(2)), keep=3)
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.tensors["model"]["w"].tolist() == [1, 1]
+
+
+def test_none_yet(tmp_path: Path) -> None:
+    assert load_latest(tmp_path) is None
+    assert checkpoint.saved(tmp_path) == []
+
+
+@pytest.mark.parametrize("fails_in", ["save_file", "_sync"])
+def test_a_crash_in_between_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_in: str) -> None:
+    save(tmp_path, 1, simple(1), keep=1)
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, fails_in, fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, 2, simple(2), keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["step=000001"]
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.tensors["model"]["w"].tolist() == [1, 1]
+    # The next attempt is not in the way of the first.
+    save(tmp_path, 2, simple(2), keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=000002"]
+
+
+def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1, simple(1), keep=2)
+    half = tmp_path / "checkpoints" / "step=000009"
+    half.mkdir()
+    (half / "tensors.safetensors").write_bytes(b"cut")
+    hidden = tmp_path / "checkpoints" / ".step=000010.tmp"
+    hidden.mkdir()
+    (hidden / "state.json").write_text("{}")
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    assert loaded.state == {"step": 1}
+
+
+def test_what_is_loaded_is_a_copy(tmp_path: Path) -> None:
+    weight = torch.ones(3)
+    folder = save(tmp_path, 1, simple(1, w=weight), keep=1)
+    loaded = load_latest(tmp_path)
+    assert loaded is not None
+    loaded.tensors["model"]["w"].zero_()
+    assert weight.tolist() == [1, 1, 1]
+    assert load_file(folder / "tensors.safetensors")["model.w"].tolist() == [1, 1, 1]

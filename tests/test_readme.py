@@ -1,0 +1,58 @@
+"""Every command that the README shows, run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    (bash|remix|accelerate|python) ", line)
+]
+QUICK = ["max_steps=1", "eval.prompts=4", "batch.prompts=8"]
+ELSEWHERE = {"bash scripts/test.sh"}  # what runs this
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path: Path) -> None:
+    """In the README's order, since one resumes what another began, from a copy so that runs/ stays clean."""
+    assert len(COMMANDS) >= 7
+    for name in ("recipes", "scripts", "remix", ".venv", "pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"}
+    for command in COMMANDS:
+        if command in ELSEWHERE:
+            continue
+        words = shlex.split(command)
+        if "scripts/bench_step.py" in words:
+            words += ["--steps", "1", *QUICK[1:]]
+        elif "--resume" in words:
+            words += ["max_steps=2"]
+        elif "plan" not in words:
+            words += QUICK
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-3000:]}"
+    assert (tmp_path / "runs" / "demo" / "final" / "model.safetensors").exists()
+    assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_function_of_the_table_exists() -> None:
+    import remix.algorithms
+
+    table = README.split("## The equations")[1].split("## The tree")[0]
+    names = re.findall(r"`([a-z_]+)`", table)
+    assert len(names) >= 10
+    assert [name for name in names if not hasattr(remix.algorithms, name)] == []
