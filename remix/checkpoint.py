@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,7 +40,10 @@ def save(run_dir: Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_flat(checkpoint.tensors), temporary / "tensors.safetensors")
+    try:
+        save_file(_flat(checkpoint.tensors), temporary / "tensors.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{temporary}: {error}") from error
     (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
     for file in temporary.iterdir():
         _sync(file)

@@ -36,7 +36,7 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
             chosen_B = logprobs_BV.argmax(-1)
         else:
             # In float64: over a large vocabulary a float32 sum is off by more than the rarest tokens weigh.
-            cumulative_BV = self._truncated(logprobs_BV).double().exp().cumsum(-1)
+            cumulative_BV = self._truncated(logprobs_BV).double().exp_().cumsum(-1)
             threshold_B1 = self.uniforms_BR[:, step, None] * cumulative_BV[:, -1:]
             chosen_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
             chosen_B = chosen_B.clamp(max=scores.shape[-1] - 1)

@@ -338,7 +338,9 @@ def test_a_saved_adapter_is_one_that_peft_loads(any_model: Path, tmp_path: Path,
     moved(policy)
     save_model(policy.module.lm, policy.tokenizer, tmp_path, base_changed=False)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size > 1000
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (4, 8)
+    assert (saved["use_rslora"], saved["use_dora"]) == (kind == "rslora", kind == "dora")
     assert not (tmp_path / ADAPTER).exists()
     assert (tmp_path / "tokenizer.json").exists()
 

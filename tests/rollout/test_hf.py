@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -125,9 +126,7 @@ def test_a_longer_limit_only_adds_tokens(policy: Policy) -> None:
 
 
 def test_rollout_seeds_name_one_rollout_each() -> None:
-    names = [
-        (seed, prompt, version, i) for seed in (0, 1) for prompt in ("a", "b") for version in (-1, 3) for i in (0, 1)
-    ]
+    names = list(itertools.product((0, 1), ("a", "b"), (-1, 3), (0, 1)))
     seeds = [rollout_seed(*name) for name in names]
     assert len(set(seeds)) == len(names)
     assert all(0 <= seed < 2**31 for seed in seeds)
@@ -220,6 +219,7 @@ def test_draws_stay_inside_and_keep_their_proportions(sampling: Sampling, expect
 def test_impossible_tokens_are_never_drawn() -> None:
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(2000, -1)
     sampler = SeededSampler(list(range(2000)), Sampling(1), CPU)
+    sampler.uniforms_BR[0], sampler.uniforms_BR[1] = 0.0, 1 - 2.0**-53  # both ends of [0, 1)
     assert set(sampler(torch.zeros(2000, 1), logits).argmax(-1).tolist()) == {1, 3}
 
 

@@ -62,6 +62,7 @@ def test_by_hand() -> None:
             # Squares about .5: .25, .25, 0, 0; their mean .125
             "reward/std": math.sqrt(0.125),
             "rollouts/uniform_groups": 0.5,
+            "tokens/sampled": 2 + 4 + 6 + 8,
             "response/length": 5.0,
             "response/length_max": 8.0,
             "response/truncated": 0.25,

@@ -52,6 +52,7 @@ def test_by_hand() -> None:
     ).metrics()
     assert metrics == pytest.approx(
         {
+            "tokens/trained": 5,
             "entropy": 15 / 5,
             "policy_lag/mean": 3 / 5,
             # Weighted by the ratio, whose sum is 5: (.3 + .1 + 2 * .5 + .5 * 1 + .5 * 2) / 5 = 2.9 / 5
@@ -129,12 +130,22 @@ def test_ranks_and_microbatches_add_up_to_one_pass() -> None:
     ranks = [stats_of(parts[0], parts[3]), stats_of(parts[1]), stats_of(parts[2]), TokenStats()]
     merged = TokenStats.merge(rank.sampled() for rank in ranks)
     assert merged.metrics() == pytest.approx(whole, rel=1e-12)
-    assert len(whole) == 7 + 7 * 3
+    assert {name for name in whole if "lag=" not in name} == {
+        "tokens/trained",
+        "entropy",
+        "policy_lag/mean",
+        "kl/reference",
+        "kl/update",
+        "ratio/mean",
+        "ess",
+        "clip_fraction",
+    }
+    assert sum("lag=" in name for name in whole) == 7 * 3
 
 
 def test_what_travels_is_small_and_keeps_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_stats, "SAMPLE_SIZE", 100)
-    # 1001 ratios 1..1001 at lag 1: every ceil(1001 / 100) = 11th is kept, 1, 12, 23, ..., 1 + 11 * 90 = 991: 91 of them.
+    # 1001 ratios 1..1001 at lag 1: every ceil(1001 / 100) = 11th is kept, 1, 12, ..., 1 + 11 * 90 = 991: 91 of them.
     big = stats_of(tokens([float(i) for i in range(1, 1002)], [1] * 1001), tokens([1.0], [0]))
     small = big.sampled()
     (kept,) = small.ratios[1]
