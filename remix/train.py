@@ -52,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(recipe: Any, recipe_path: str, *, resume: bool) -> None:
     """Trains a recipe to its last step and writes final/ and result.json into its run directory."""
     from rich.console import Console
-    from transformers.utils import logging
 
+    from remix.models.loading import quiet
     from remix.tracking.progress import Progress
     from remix.tracking.summary import before_after_table
     from remix.training.build import open_trainer
     from remix.training.distributed import Cluster
     from remix.training.finish import finish
 
-    logging.set_verbosity_error()
+    quiet()
     cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir))
     progress = Progress(Path(recipe_path).stem, recipe.run_dir, recipe.last_step, enabled=cluster.is_main)
     with progress, open_trainer(recipe, cluster, progress, resume=resume) as trainer:

@@ -38,7 +38,7 @@ DOORS = {
     "deepspeed": set(),
     "datasets": {"remix.tasks.hub"},
     "peft": {"remix.models.loading"},
-    "transformers": {"remix.models.loading", "remix.rollout.hf", "remix.train"},
+    "transformers": {"remix.models.loading", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay"},
     "safetensors": {"remix.checkpoint"},

@@ -32,7 +32,7 @@ class GAEAdvantage(Block):
     gae_lambda: Fraction = 1.0
     whiten: bool = True
     """Advantages of a batch to mean 0, standard deviation 1."""
-    vtrace_cap: PositiveFloat | None = None
+    vtrace_cap: Annotated[float, Field(ge=1.0)] | None = None
     """Weights min(cap, ρ) on replayed tokens; null = off."""
     value_weight: NonNegativeFloat = 0.5
     value_clip: PositiveFloat | None = 0.2
@@ -168,6 +168,7 @@ class ReincarnationConfig(Block):
     empty_replay: bool = True
     reset_optimizer: bool = True
     reset_critic: bool = False
+    """True: the value head starts from zero again; a backbone of its own is kept."""
     restart_lambda: bool = True
     lora: Literal["snapshot", "merge"] = "snapshot"
     """snapshot: the reference is a frozen copy of the adapter. merge: fold it into the base, start a fresh one."""

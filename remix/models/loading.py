@@ -33,7 +33,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-logging.disable_progress_bar()  # it would draw over the run's own
+def quiet() -> None:
+    """No bars and warnings of transformers' own across a run's display."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> ActorCritic:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -98,6 +99,21 @@ def eval_prompts(sets: Sequence[TaskSet], count: int, seed: int) -> list[Prompt]
         place = min(due, key=lambda place: ((len(chosen[place]) + 1) / sets[place].weight, place))
         chosen[place].append(left[place][len(chosen[place])])
     return [prompt for task in chosen for prompt in task]
+
+
+def named_apart(prompts: Sequence[Prompt], earlier: Sequence[str]) -> list[Prompt]:
+    """The same prompts; one that was drawn before, here or among the `earlier` ids, gets a name of its own.
+
+    Sampling seeds come from names, so without it a prompt that two epochs bring into one step would be answered twice
+    in the same words.
+    """
+    seen = Counter(earlier)
+    named = []
+    for prompt in prompts:
+        repeats = seen[prompt.id]
+        seen[prompt.id] += 1
+        named.append(replace(prompt, id=f"{prompt.id}#{repeats + 1}") if repeats else prompt)
+    return named
 
 
 class PromptStream:

@@ -108,7 +108,12 @@ class Experience:
         rollout = sample.rollout
         if self.recipe.rollout.mask_overlong and rollout.truncated:
             return False
-        known = (rollout.behaviour_logprobs, sample.proximal_logprobs, rollout.reference_logprobs)
+        known = (
+            rollout.sampler_logprobs,
+            rollout.behaviour_logprobs,
+            sample.proximal_logprobs,
+            rollout.reference_logprobs,
+        )
         return all(tensor is None or bool(tensor.isfinite().all()) for tensor in known)
 
     def _group_advantages(self, rollouts: Sequence[Rollout], kl_lambda: float) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from remix.models.loading import checkpoint_weights
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, shard_path, write_shard
 from remix.rollout.sample import Sampler
-from remix.tasks import PromptStream
+from remix.tasks import PromptStream, named_apart
 from remix.tracking.progress import Progress
 from remix.tracking.rollout_stats import rollout_metrics, sampler_mismatch
 from remix.tracking.run_log import RunLog
@@ -50,13 +51,15 @@ class Trainer:
 
     def fit(self) -> None:
         """The steps that remain, with an evaluation before the first and after the last."""
-        watch = Stopwatch(self.progress.stage)
+        watch, started = Stopwatch(self.progress.stage), time.perf_counter() - self.state.seconds
         self._sync(watch)
         if self.state.base_pass_at_1 is None:
             self.state.base_pass_at_1 = self._evaluate(watch).pass_at_1
             self.progress.update(0, {"eval/pass@1": self.state.base_pass_at_1}, self._phase.type)
         for step in range(self.state.step, self.recipe.last_step):
-            self._finish(step, self._step(step))
+            metrics = self._step(step)
+            self.state.seconds = time.perf_counter() - started
+            self._finish(step, metrics)
 
     def _step(self, step: int) -> dict[str, float]:
         watch = Stopwatch(self.progress.stage)
@@ -82,7 +85,6 @@ class Trainer:
         self.state.step = step + 1
         if self._due(self.recipe.eval.every):
             metrics |= self._evaluate(watch).metrics()
-        self.state.seconds += watch.total
         return metrics | watch.metrics()
 
     def _finish(self, step: int, metrics: dict[str, float]) -> None:
@@ -128,7 +130,8 @@ class Trainer:
         for _ in range(1 + self.recipe.rollout.refill.max_rounds):
             if len(kept) == wanted:
                 break
-            prompts = self.stream.take(self.state.prompt_position, wanted - len(kept))
+            earlier = [group.prompt.id for group in (*kept, *dropped)]
+            prompts = named_apart(self.stream.take(self.state.prompt_position, wanted - len(kept)), earlier)
             self.state.prompt_position += len(prompts)
             for group in self._rollouts(prompts, step, watch):
                 uniform = self.recipe.drops_uniform_groups and group.uniform

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from remix.config import ArithmeticTask, JsonlTask
-from remix.tasks import PromptStream, TaskSet, eval_prompts, load_tasks
+from remix.tasks import PromptStream, TaskSet, eval_prompts, load_tasks, named_apart
 from remix.types import Prompt
 
 
@@ -126,3 +126,9 @@ def test_a_task_too_small_for_its_share_leaves_it_to_the_others():
     sets = [task("a", 4), task("b", 100)]
     assert Counter(p.task for p in eval_prompts(sets, 40, seed=0)) == {"a": 4, "b": 36}
     assert len(eval_prompts(sets, 1000, seed=0)) == 104
+
+
+def test_a_prompt_drawn_twice_in_a_step_is_named_apart():
+    one, two = Prompt("a", "1+1=", "2", "t"), Prompt("b", "1+2=", "3", "t")
+    assert [p.id for p in named_apart([one, two, one, one], [])] == ["a", "b", "a#2", "a#3"]
+    assert [p.id for p in named_apart([two, one], ["a", "a"])] == ["b", "a#3"]
