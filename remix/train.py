@@ -13,10 +13,14 @@ from typing import Any
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 training stopped on an error, 2 the request itself is wrong, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="remix.train", description="Trains a recipe.")
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file; with --resume the run's own")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys, for example seed=1")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE key=value",
+        help="a YAML file (with --resume the run's own, unless named) and dotted recipe keys, for example seed=1",
+    )
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run, in place")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     # Spinning OpenMP threads on shared cores cost more than they give; torch reads these when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from remix.training.update import TrainingError
 
     try:
-        path, overrides = _request(options.recipe, options.overrides, options.resume)
+        path, overrides = _request(options.words, options.resume)
         recipe = load_recipe(path, overrides)
         make_plan(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         _check_run_dir(Path(recipe.run_dir), resume=options.resume is not None)
@@ -70,18 +74,19 @@ def run(recipe: Any, recipe_path: str, *, resume: bool) -> None:
         Console().print(before_after_table(result))
 
 
-def _request(recipe: str | None, overrides: list[str], resume: str | None) -> tuple[str, list[str]]:
+def _request(words: list[str], resume: str | None) -> tuple[str, list[str]]:
     """The recipe file and its overrides. A resumed run stays in its directory."""
+    recipes, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    if len(recipes) > 1:
+        raise ValueError(f"one recipe at a time, not {' and '.join(recipes)}; overrides are written key=value")
     if resume is None:
-        if recipe is None:
+        if not recipes:
             raise ValueError("name a recipe, for example recipes/embedded/remix_grpo.yaml")
-        return recipe, overrides
-    if recipe is not None and "=" in recipe:  # no recipe given, the first override took its place
-        overrides, recipe = [recipe, *overrides], None
+        return recipes[0], overrides
     own = Path(resume) / "recipe.yaml"
     if not own.exists():
         raise ValueError(f"--resume {resume}: no run there (recipe.yaml is missing)")
-    return recipe or str(own), [*overrides, f"run_dir={resume}"]
+    return (recipes or [str(own)])[0], [*overrides, f"run_dir={resume}"]
 
 
 def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
