@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remix.config import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(recipe: Any, recipe_path: str, *, resume: bool) -> None:
-    """Trains a recipe to its last step and writes final/ and result.json into its run directory."""
+def run(recipe: Recipe, recipe_path: str = "recipe.yaml", *, resume: bool = False) -> dict[str, Any]:
+    """Trains a recipe to its last step, writes final/ and result.json into its run directory, returns the result.
+
+    `recipe_path` names the recipe in what is written. Raises ValueError for a request that cannot be met and
+    TrainingError for training that cannot go on.
+    """
     from rich.console import Console
 
     from remix.models.loading import quiet
@@ -72,6 +79,7 @@ def run(recipe: Any, recipe_path: str, *, resume: bool) -> None:
         result = finish(trainer, recipe_path)
     if cluster.is_main:
         Console().print(before_after_table(result))
+    return result
 
 
 def _request(words: list[str], resume: str | None) -> tuple[str, list[str]]:

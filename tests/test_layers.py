@@ -140,3 +140,10 @@ def test_the_package_and_its_commands_are_light() -> None:
     heavy = {"torch", "numpy", *DOORS}
     assert loaded_by("remix", "remix.cli", "remix.train") & heavy == set()
     assert loaded_by("remix.config") & heavy == set(), "a recipe is checked without torch"
+
+
+def test_every_public_name_is_there() -> None:
+    import remix
+
+    assert {name: hasattr(remix, name) for name in remix.__all__} == dict.fromkeys(remix.__all__, True)
+    assert remix._HOMES.keys() == set(remix.__all__)

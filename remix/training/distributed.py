@@ -93,7 +93,11 @@ class Cluster:
         self.accelerator.init_trackers("remix", config=flat)
 
     def track(self, metrics: dict[str, float], step: int) -> None:
+        """To every tracker by step. TensorBoard has no choice of x-axis, so there all is drawn over rollouts too."""
         self.accelerator.log(metrics, step=step)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log({f"over_rollouts/{name}": value for name, value in metrics.items()}, metrics["rollouts"])
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remix.algorithms import group_relative_advantage, kl_estimate
 from remix.checkpoint import saved
 from remix.models.loading import ADAPTER
+from remix.tracking.stopwatch import Stopwatch
+from remix.tracking.token_stats import TokenStats
 from remix.train import main
 from remix.training.finish import finish
 from remix.training.update import TrainingError
@@ -56,7 +60,11 @@ def test_a_run_leaves_what_it_promises(tiny_model: Path, tmp_path: Path) -> None
     table = pq.read_table(folder / "rollouts" / "step=000001.parquet")
     assert table.num_rows == lines[1]["rollouts/fresh"]
     assert set(table["policy_version"].to_pylist()) == {1}
-    assert list(folder.glob("**/events.out.tfevents.*"))
+    events = EventAccumulator(str(next(folder.glob("*/events.out.tfevents.*"))))
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == [0, 1]
+    over_rollouts = events.Scalars("over_rollouts/reward/mean")
+    assert [event.step for event in over_rollouts] == [line["rollouts"] for line in lines]
     completions = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
     assert {row["step"] for row in completions} == {0, 1}
 
@@ -175,6 +183,24 @@ def test_weights_that_do_not_arrive_stop_the_run(vllm_model: Path, tmp_path: Pat
         t.sampler.engine.sync = lambda weights: None
         with pytest.raises(TrainingError, match="does not hold the trained weights"):
             t.fit()
+
+
+def test_sampler_mismatch_is_weighed_and_truncated(tiny_model: Path, tmp_path: Path) -> None:
+    """An engine whose log-probs are off by ±ln 2: w = min(π/μ, c) is 2 or 1/2, and 1.5 where the cap cuts it."""
+    changes = {"kl": {"weight": 0}, "objective": {"entropy_weight": 0, "sampler_weight_cap": 1.5}}
+    with opened(tiny_recipe(tiny_model, tmp_path, changes)) as t:
+        samples = t.experience.prepare(
+            t._sample(t._phase, 0, Stopwatch(lambda _: None))[0], [], step=0, kl_lambda=1.0, reference_since=0
+        )[1]
+        plain = t.updater.accumulate(samples, TokenStats(), kl_lambda=1.0)["loss/policy"]
+        t.updater.objective.sampler_weight_cap = t.recipe.objective.sampler_weight_cap  # as under another engine
+        for shift, weight in ((math.log(2), 0.5), (-math.log(2), 1.5)):
+            off = [
+                replace(s, rollout=replace(s.rollout, sampler_logprobs=s.rollout.behaviour_logprobs + shift))
+                for s in samples
+            ]
+            weighed = t.updater.accumulate(off, TokenStats(), kl_lambda=1.0)["loss/policy"]
+            assert weighed == pytest.approx(weight * plain, rel=1e-4)
 
 
 def test_truncated_responses_can_be_left_out(tiny_model: Path, tmp_path: Path) -> None:
