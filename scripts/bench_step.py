@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="recipes/embedded/remix_grpo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=4)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
