@@ -2,7 +2,7 @@
 
     checkpoints/step=000040/          40 training steps are done
       state.json                      counters, phase and lineage, clocks, replay index, versions
-      tensors.safetensors             model.*, reference.*, precedent.*, next_precedent.*, optimizer.*, rng.*
+      tensors.safetensors             model.*, reference.*, precedent.*, optimizer.*, rng.*
 
 Everything else that is random is named by (seed, step) and so needs no state: prompt order, draws from replay,
 minibatches, sampling seeds.

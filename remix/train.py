@@ -28,14 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from remix.config import load_recipe
-    from remix.training.plan import make_plan
     from remix.training.update import TrainingError
 
     try:
         path, overrides = _request(options.words, options.resume)
         recipe = load_recipe(path, overrides)
-        make_plan(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        _check_run_dir(Path(recipe.run_dir), resume=options.resume is not None)
         run(recipe, path, resume=options.resume is not None)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,11 +67,16 @@ def run(recipe: Recipe, recipe_path: str = "recipe.yaml", *, resume: bool = Fals
     from remix.training.build import open_trainer
     from remix.training.distributed import Cluster
     from remix.training.finish import finish
+    from remix.training.plan import make_plan
 
+    make_plan(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    _check_run_dir(Path(recipe.run_dir), resume=resume)
     quiet()
     cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir))
     progress = Progress(Path(recipe_path).stem, recipe.run_dir, recipe.last_step, enabled=cluster.is_main)
     with progress, open_trainer(recipe, cluster, progress, resume=resume) as trainer:
+        if trainer.state.step >= recipe.last_step:
+            progress.message(f"all {recipe.last_step} steps are done: set max_steps or steps higher to go on")
         trainer.fit()
         result = finish(trainer, recipe_path)
     if cluster.is_main:
@@ -98,7 +100,8 @@ def _request(words: list[str], resume: str | None) -> tuple[str, list[str]]:
 
 
 def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
-    if not resume and (run_dir / "metrics.jsonl").exists():
+    metrics = run_dir / "metrics.jsonl"
+    if not resume and metrics.exists() and metrics.stat().st_size:
         raise ValueError(
             f"run_dir {run_dir} already holds a run: add --resume {run_dir} to go on with it, or choose another run_dir"
         )

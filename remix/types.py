@@ -56,6 +56,11 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict)
     """Each reward's own value, unweighted, by name."""
 
+    @property
+    def failed(self) -> bool:
+        """The grader failed, not the answer: the value says nothing and is not trained on."""
+        return self.verdict in ("timeout", "error")
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -148,8 +153,8 @@ class RolloutGroup:
     @property
     def uniform(self) -> bool:
         """All rewards equal: group-relative advantages are 0, so the group carries no policy gradient."""
-        values = [rollout.score.value for rollout in self.rollouts if rollout.score is not None]
-        return max(values) == min(values)
+        values = [r.score.value for r in self.rollouts if r.score is not None and not r.score.failed]
+        return not values or max(values) == min(values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,7 +40,7 @@ DOORS = {
     "peft": {"remix.models.loading"},
     "transformers": {"remix.models.loading", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
-    "pyarrow": {"remix.replay"},
+    "pyarrow": {"remix.replay", "remix.evaluation.storage"},
     "safetensors": {"remix.checkpoint"},
 }
 """The modules that may import a heavy library."""

@@ -73,13 +73,17 @@ class KLConfig(Block):
     place: Literal["loss", "reward"] = "loss"
     importance_weighted: Literal["replayed", "all", "none"] = "replayed"
     """Which tokens' estimates are weighted by the importance ratio, its gradient included."""
-    lambda_schedule: LambdaSchedule = LambdaSchedule(drop=0.0)
-    """λ weighs the reference, 1 - λ the precedent policy. Default: the reference alone."""
+    lambda_schedule: LambdaSchedule | None = None
+    """λ weighs the reference, 1 - λ the precedent policy. null: the reference alone, λ = 1."""
 
     @property
     def uses_precedent(self) -> bool:
         schedule = self.lambda_schedule
-        return self.weight > 0 and (schedule.start < 1 or (schedule.drop > 0 and schedule.floor < 1))
+        return (
+            self.weight > 0
+            and schedule is not None
+            and (schedule.start < 1 or (schedule.drop > 0 and schedule.floor < 1))
+        )
 
 
 class StepsTrigger(Block):

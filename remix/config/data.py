@@ -27,7 +27,27 @@ class ArithmeticTask(TaskBlock):
     seed: NonNegativeInt = 0
 
 
-class JsonlTask(TaskBlock):
+class DataTask(TaskBlock):
+    """What data sets have in common, wherever they lie."""
+
+    unanswered: Literal["error", "drop"] = "error"
+    """What becomes of a row whose answer is empty."""
+    exclude: tuple[str, ...] = ()
+    """Benchmarks whose problems are left out, so that their scores stay clean.
+
+    Each entry is a benchmark or suite (math500, math), a file of problems (.jsonl, .jsonl.gz), or a list of ids of this
+    data set (.json). Held-out problems from a split or file of their own stay as they are.
+    """
+    exclude_overlap: Annotated[Fraction, Field(gt=0.0)] | None = 0.5
+    """Also left out: what shares at least so much of the 13-word runs of a benchmark's problem.
+
+    null: only what is the same letter by letter and digit by digit, case ignored.
+    """
+    exclude_dir: str | None = None
+    """The folder of local copies of the excluded benchmarks, by their file names; null: they come from the hub."""
+
+
+class JsonlTask(DataTask):
     """A local JSON-lines file, plain or .gz."""
 
     type: Literal["jsonl"] = "jsonl"
@@ -40,7 +60,7 @@ class JsonlTask(TaskBlock):
     limit: PositiveInt | None = None
 
 
-class HubTask(TaskBlock):
+class HubTask(DataTask):
     """Any data set that `datasets.load_dataset` reads."""
 
     type: Literal["hub"] = "hub"

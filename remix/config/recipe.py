@@ -71,7 +71,8 @@ class Recipe(Block):
     @property
     def drops_uniform_groups(self) -> bool:
         chosen = self.rollout.drop_uniform_groups
-        return not isinstance(self.advantage, GAEAdvantage) if chosen is None else chosen
+        kl_in_reward = self.kl.place == "reward" and self.kl.weight > 0  # then equal scores are not equal rewards
+        return not (isinstance(self.advantage, GAEAdvantage) or kl_in_reward) if chosen is None else chosen
 
     def fresh_prompts(self, phase: PhaseConfig) -> int:
         """(1 - p) of the batch, in prompts."""
@@ -177,7 +178,7 @@ def _anchor_paths(data: Any, folder: Path) -> Any:
         return data
     return {
         key: str((folder / value).resolve())
-        if key in ("path", "eval_path") and isinstance(value, str) and value.startswith(("./", "../"))
+        if key in ("path", "eval_path", "data_dir") and isinstance(value, str) and value.startswith(("./", "../"))
         else _anchor_paths(value, folder)
         for key, value in data.items()
     }

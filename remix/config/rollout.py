@@ -45,7 +45,7 @@ class RolloutConfig(Block):
     """Leave truncated responses out of loss and denominator."""
     drop_uniform_groups: bool | None = None
     """Groups whose rewards are all equal are neither trained on nor stored for replay.
-    Default: true for group-relative advantages, where they carry no gradient; false under gae."""
+    Default: true where they carry no gradient, which is under group-relative advantages without a KL in the reward."""
     refill: RefillConfig = RefillConfig()
     probe_tolerance: PositiveFloat | None = None
     """Largest mean |log-prob difference| between engine and trainer after a weight sync.

@@ -23,11 +23,24 @@ class OptimizerConfig(Block):
 
 class EvalConfig(Block):
     every: NonNegativeInt = 10
-    """Training steps between evaluations on held-out prompts; 0 = before and after only."""
+    """Training steps between evaluations; 0 = before and after only."""
+    benchmarks: tuple[str, ...] = ()
+    """Benchmarks and suites by name, judged by their own graders; none: held-out prompts of the tasks, judged by the
+    rewards."""
+    data_dir: str | None = None
+    """Folder of local copies of the benchmarks; null: they come from the hub."""
+    limit: PositiveInt | None = None
+    """Only the first so many problems of each benchmark."""
     prompts: PositiveInt = 256
-    samples: PositiveInt = 1
-    temperature: NonNegativeFloat = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Held-out prompts; benchmarks are taken whole."""
+    samples: PositiveInt | None = None
+    """Responses to a problem. null: as the benchmark is defined; 1 for held-out prompts."""
+    temperature: NonNegativeFloat | None = None
+    """0 = greedy. null: as the benchmark is defined; 1 for held-out prompts."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """null: as the benchmark is defined; 1 for held-out prompts."""
+    max_tokens: PositiveInt | None = None
+    """Of a response; null: rollout.max_tokens."""
 
 
 class CheckpointConfig(Block):

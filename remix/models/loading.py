@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from remix.config import LoraAdapter, ModelConfig, NoAdapter, Recipe, SeparateCritic
@@ -27,7 +27,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_not_found(config, "tokenizer", error)) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.path {config.path}: its tokenizer has no end-of-sequence token; set eos_token there")
+        raise ValueError(f"model {config.path}: its tokenizer has no end-of-sequence token; set eos_token there")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -45,13 +45,7 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
     compute = getattr(torch, config.dtype)
     # Weights that are trained stay in float32: bfloat16 swallows updates of 1e-6.
     frozen_base = recipe.adapter.type != "none"
-    lm = _load(AutoModelForCausalLM, config, dtype=compute if frozen_base else torch.float32)
-    _check_vocabulary(lm, tokenizer, config)
-    eos = lm.generation_config.eos_token_id if lm.generation_config else None
-    # Its own sampling settings (temperature, penalties) would quietly make the sampler another policy.
-    lm.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id if eos is None else eos, pad_token_id=tokenizer.pad_token_id
-    )
+    lm = load_lm(config, tokenizer, dtype=compute if frozen_base else torch.float32)
     hidden_size = lm.config.get_text_config().hidden_size
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -69,8 +63,10 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
             path = recipe.critic.path or config.path
             source = config if path == config.path else ModelConfig(path=path, dtype=config.dtype)
             critic = _load(AutoModel, source, dtype=torch.float32)
+            if config.gradient_checkpointing:
+                critic.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             value_head = value_head if path == config.path else _zero_head(critic.config.hidden_size)
-    return ActorCritic(
+    module = ActorCritic(
         lm,
         value_head=value_head,
         critic=critic,
@@ -78,6 +74,86 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
         logits_chunk=config.logits_chunk,
         autocast=None if compute == torch.float32 else compute,
     ).to(device)
+    _check_logprobs(module, config)
+    return module
+
+
+@torch.no_grad()
+def _check_logprobs(module: ActorCritic, config: ModelConfig) -> None:
+    """The log-probs that are trained on must be those of the model's own logits, which some families scale."""
+    module.eval()
+    device = next(module.lm.parameters()).device
+    ids_BS = torch.arange(8, device=device)[None] % module.lm.config.get_text_config().vocab_size
+    ours = module(ids_BS, torch.ones_like(ids_BS[:, 1:], dtype=torch.bool), 1.0, with_values=False).logprobs
+    with module.autocast(device):
+        logits = module.lm(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
+    theirs = logits.log_softmax(-1).gather(-1, ids_BS[:, 1:, None]).squeeze(-1)
+    worst = (ours - theirs).abs().max().item()
+    if worst > (1e-3 if config.dtype == "float32" else 0.1):
+        raise ValueError(
+            f"model.path {config.path}: models of type {module.lm.config.model_type} make their logits in a way that "
+            f"is not supported (log-probs differ by {worst:.2g}); choose a model of another family"
+        )
+
+
+def load_lm(config: ModelConfig, tokenizer: Any, dtype: torch.dtype) -> Any:
+    """The language model by itself, in main memory. Raises ValueError."""
+    lm = _load(AutoModelForCausalLM, config, dtype)
+    _check_vocabulary(lm, tokenizer, config)
+    eos = lm.generation_config.eos_token_id if lm.generation_config else None
+    # Its own sampling settings (temperature, penalties) would quietly make the sampler another policy.
+    lm.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id if eos is None else eos, pad_token_id=tokenizer.pad_token_id
+    )
+    return lm
+
+
+def eos_token_ids(config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a response, as `load_lm` would have them, without loading weights."""
+    try:
+        eos = GenerationConfig.from_pretrained(config.path, revision=config.revision).eos_token_id
+    except OSError:  # a checkpoint may come without one; its settings are then those of the model's config
+        eos = _config(config).eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+
+
+def context_length(config: ModelConfig) -> int | None:
+    """Most tokens of a prompt and its response together; None where the architecture knows no limit."""
+    model = _config(config)
+    trained: int | None = getattr(model, "max_position_embeddings", None)
+    rope = getattr(model, "rope_parameters", None) or {}
+    if trained is None or rope.get("rope_type") not in ("yarn", "linear", "dynamic"):
+        return trained
+    return max(trained, int(rope.get("original_max_position_embeddings", trained) * rope.get("factor", 1.0)))
+
+
+def merge_saved_adapter(lm: Any, folder: Path) -> Any:
+    """The model with a saved PEFT adapter folded into its weights. Raises ValueError where it does not fit."""
+    from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+
+    wrong = f"the adapter {folder} does not fit this model, so it was trained on another"
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        weights = load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the adapter {folder}: not a saved PEFT adapter ({_first_line(error)})") from error
+    if not weights:
+        raise ValueError(f"the adapter {folder}: it holds no weights")
+    config.inference_mode = True
+    try:
+        adapted = PeftModel(lm, config, adapter_name=ADAPTER)
+        loaded = set_peft_model_state_dict(adapted, weights, adapter_name=ADAPTER)
+    except (ValueError, RuntimeError, KeyError) as error:  # no such layers, or of another shape
+        detail = next((line for line in str(error).splitlines() if "size mismatch" in line), _first_line(error))
+        raise ValueError(f"{wrong}: {detail.strip()}") from error
+    missing = [name for name in loaded.missing_keys if f".{ADAPTER}" in name]
+    if loaded.unexpected_keys or missing:
+        odd = [*loaded.unexpected_keys, *missing]
+        raise ValueError(f"{wrong}: {odd[0]} and {len(odd) - 1} more weights are on one side only")
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise ValueError(f"the adapter {folder}: a {config.peft_type.value} adapter cannot be merged into the weights")
+    return adapted.merge_and_unload()
 
 
 def add_adapter(lm: Any, config: NoAdapter | LoraAdapter) -> Any:
@@ -190,18 +266,31 @@ def _load(auto: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
         raise ValueError(_not_found(config, "weights", error)) from error
 
 
+def _config(config: ModelConfig) -> Any:
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        ).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_not_found(config, "config.json", error)) from error
+
+
 def _not_found(config: ModelConfig, what: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"model.path {config.path}: no usable {what} there ({first_line}). It must be a hub id, or a directory with "
+        f"model {config.path}: no usable {what} there ({_first_line(error)}). It must be a hub id, or a directory with "
         "config.json, safetensors weights and a tokenizer, as save_pretrained writes them"
     )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _check_vocabulary(lm: Any, tokenizer: Any, config: ModelConfig) -> None:
     rows = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
-            f"model.path {config.path}: the tokenizer knows {len(tokenizer)} tokens, the model {rows}: "
+            f"model {config.path}: the tokenizer knows {len(tokenizer)} tokens, the model {rows}: "
             "they do not belong together"
         )

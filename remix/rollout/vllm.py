@@ -110,8 +110,8 @@ class VLLMEngine:
         if longest > self._max_model_len - sampling.max_tokens:
             raise ValueError(
                 f"A prompt has {longest} tokens, and {sampling.max_tokens} are to follow, but the engine holds "
-                f"{self._max_model_len} in all. Raise `rollout.engine.max_model_len` to at least "
-                f"{longest + sampling.max_tokens}, or leave long prompts out."
+                f"{self._max_model_len} in all. Raise prompt.max_tokens or rollout.max_tokens, "
+                f"which set it, to {longest + sampling.max_tokens} together, or leave long prompts out."
             )
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         params = [

@@ -33,8 +33,8 @@ Reinforcement fine-tuning by ReMix {__version__} (arXiv 2507.06892): {recipe.adv
 
 | | |
 |---|---|
-| pass@1 on held-out problems, before → after | {before} → {after} |
-| evaluation | {recipe.eval.prompts} problems, {recipe.eval.samples} sample(s), temperature {recipe.eval.temperature} |
+| pass@1, before → after | {before} → {after} |
+| evaluated on | {_evaluated_on(recipe)} |
 | tasks | {tasks} |
 | training steps | {result["steps"]} of {recipe.steps} |
 | rollouts generated | {result["rollouts"]:,} |
@@ -45,6 +45,19 @@ Reinforcement fine-tuning by ReMix {__version__} (arXiv 2507.06892): {recipe.adv
 
 The resolved recipe is `recipe.yaml` of the run directory.
 """
+
+
+def _evaluated_on(recipe: Recipe) -> str:
+    config = recipe.eval
+    asked = {
+        "samples": config.samples,
+        "temperature": config.temperature,
+        "top-p": config.top_p,
+        "max tokens": config.max_tokens or recipe.rollout.max_tokens,
+    }
+    settings = [f"{name} {value}" for name, value in asked.items() if value is not None]
+    problems = ", ".join(config.benchmarks) or f"{config.prompts} held-out problems"
+    return "; ".join([problems, *settings])
 
 
 def _share(value: float | None) -> str:

@@ -48,6 +48,8 @@ def sampler_mismatch(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         return {}
     difference = torch.cat([trainer - sampler for trainer, sampler in pairs]).double()
     difference = difference[difference.isfinite()]  # rollouts with others are left out of training, and counted there
+    if not difference.numel():
+        return {}
     return {
         "sampler/mismatch_mean": difference.abs().mean().item(),
         "sampler/mismatch_max": difference.abs().max().item(),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from remix.types import RolloutGroup
 
@@ -51,15 +52,21 @@ class RunLog:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """The file appears whole or not at all."""
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears under its name when all of it is on the disk, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+    with temporary.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    with written_whole(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -18,12 +18,14 @@ OUTPUTS = {"model": "final", "rollout log": "rollouts", "metrics": "metrics.json
 
 
 def before_after_table(result: Mapping[str, Any]) -> RenderableType:
-    """`result` holds base_pass_at_1, final_pass_at_1 (shares, or None), rollouts, steps, seconds, recipe, run_dir."""
+    """`result` holds base_pass_at_1, final_pass_at_1 (shares, or None), benchmarks (or none: held-out problems),
+    rollouts, steps, seconds, recipe, run_dir."""
     before, after = result["base_pass_at_1"], result["final_pass_at_1"]
     scores = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for name in ("", "before", "after", "gain"):
         scores.add_column(name, justify="right" if name else "left", no_wrap=True)
-    scores.add_row("pass@1, held-out problems", _share(before), Text(_share(after), style="bold"), _gain(before, after))
+    problems = ", ".join(result.get("benchmarks", ())) or "held-out problems"
+    scores.add_row(f"pass@1, {problems}", _share(before), Text(_share(after), style="bold"), _gain(before, after))
 
     facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     facts.add_column(style="dim", no_wrap=True)

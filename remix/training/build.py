@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,19 +12,21 @@ import torch
 
 from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
+from remix.evaluation.exam import Exam
 from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer
 from remix.rewards import RewardSuite
 from remix.rollout.sample import Sampler
-from remix.tasks import PromptStream, Split, TaskSet, encode, eval_prompts, load_tasks
+from remix.tasks import PromptStream, Split, TaskSet, encode, load_tasks
 from remix.tracking.progress import Progress
 from remix.tracking.run_log import RunLog
 from remix.training.distributed import Cluster
+from remix.training.exams import build_exams
 from remix.training.experience import Experience
 from remix.training.loop import Trainer
 from remix.training.objective import Objective
-from remix.training.state import TrainState, from_checkpoint
+from remix.training.state import TrainState, check_same_recipe, from_checkpoint
 from remix.training.update import Updater
 from remix.types import Engine
 
@@ -38,18 +40,16 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
     run_dir = Path(recipe.run_dir)
     torch.manual_seed(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
     tokenizer = load_tokenizer(recipe.model)
-    train, held_out = (_encoded_tasks(recipe, split, tokenizer) for split in ("train", "test"))
+    train = _encoded_tasks(recipe, "train", tokenizer)
+    held_out = [] if recipe.eval.benchmarks else _encoded_tasks(recipe, "test", tokenizer)
     module = load_actor_critic(recipe, tokenizer, cluster.device)
     policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
     saved = checkpoint.load_latest(run_dir) if resume else None
     if saved is not None:
+        check_same_recipe(saved, recipe)
         state = from_checkpoint(saved, policy, updater, replay, run_dir)
-        if recipe.kl.weight and policy.reference is None:
-            raise ValueError(
-                "the run that is resumed had kl.weight 0 and so kept no reference: leave it at 0, or start a new run"
-            )
         progress.step, progress.base_pass_at_1 = state.step, state.base_pass_at_1
     else:
         state = TrainState()
@@ -58,7 +58,8 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
     with ExitStack() as stack:
         stack.callback(cluster.close)  # last: an engine may still need the process group to close
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
-        engine = build_engine(recipe, policy)
+        exams = build_exams(recipe, tokenizer, held_out, rewards, stack)
+        engine = build_engine(recipe, policy, exams)
         stack.callback(engine.close)
         log = RunLog(run_dir, from_step=state.step, enabled=cluster.is_main)
         if cluster.is_main:
@@ -71,7 +72,7 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
             policy=policy,
             sampler=Sampler(engine, rewards, _decoder(tokenizer), recipe.seed),
             stream=PromptStream(train, seed=recipe.seed),
-            held_out=eval_prompts(held_out, recipe.eval.prompts, seed=0),
+            exams=exams,
             experience=Experience(recipe, policy, cluster),
             updater=updater,
             replay=replay,
@@ -88,7 +89,7 @@ def _encoded_tasks(recipe: Recipe, split: Split, tokenizer: Any) -> list[TaskSet
     ]
 
 
-def build_engine(recipe: Recipe, policy: Policy) -> Engine:
+def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam]) -> Engine:
     """What samples: transformers on the trainer's own module, or vLLM with a copy of the weights."""
     config = recipe.rollout.engine
     if isinstance(config, HFEngineConfig):
@@ -108,7 +109,9 @@ def build_engine(recipe: Recipe, policy: Policy) -> Engine:
         revision=recipe.model.revision,
         dtype=recipe.model.dtype,
         trust_remote_code=recipe.model.trust_remote_code,
-        max_model_len=recipe.prompt.max_tokens + recipe.rollout.max_tokens,
+        max_model_len=max(
+            recipe.prompt.max_tokens + recipe.rollout.max_tokens, *(exam.longest_sequence for exam in exams)
+        ),
         eos_token_ids=policy.module.eos_token_ids,
         memory_fraction=config.memory_fraction,
         kv_cache_gib=config.kv_cache_gib,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch import Tensor, nn
 
 A = TypeVar("A")
@@ -21,7 +21,20 @@ class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
 
     def __init__(self, trackers: Sequence[str] = (), project_dir: Path | None = None) -> None:
-        self.accelerator = Accelerator(log_with=list(trackers) or None, project_dir=project_dir)
+        # Accumulation is ours, by token count; left to accelerate, an environment variable would divide gradients.
+        self.accelerator = Accelerator(
+            log_with=list(trackers) or None,
+            project_dir=project_dir,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+        missing = set(trackers) - {str(tracker) for tracker in self.accelerator.log_with}
+        if missing:
+            raise ValueError(f"log.trackers: install {', '.join(sorted(missing))}, or take it out")
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                "launched with mixed_precision fp16, which needs loss scaling: set it to 'no'; the "
+                "recipe's model.dtype decides, bfloat16 among them"
+            )
         if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             raise ValueError(
                 f"launched under {self.accelerator.distributed_type.value}: anchors need whole parameters on every "

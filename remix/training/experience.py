@@ -108,11 +108,15 @@ class Experience:
         rollout = sample.rollout
         if self.recipe.rollout.mask_overlong and rollout.truncated:
             return False
+        if rollout.score is not None and rollout.score.failed:
+            return False
         known = (
             rollout.sampler_logprobs,
             rollout.behaviour_logprobs,
-            sample.proximal_logprobs,
             rollout.reference_logprobs,
+            sample.proximal_logprobs,
+            sample.precedent_logprobs,
+            sample.values,
         )
         return all(tensor is None or bool(tensor.isfinite().all()) for tensor in known)
 
@@ -124,8 +128,13 @@ class Experience:
         if self.recipe.kl.place == "reward" and self.recipe.kl.weight:
             penalties = [kl_penalty(rollout, self.recipe.kl, kl_lambda).sum() for rollout in rollouts]
             rewards = rewards - torch.stack(penalties)
-        estimator = GROUP_ADVANTAGES[self.recipe.advantage.type]
-        advantages = estimator(rewards, self.recipe.rollout.group_size)
+        group_size = self.recipe.rollout.group_size
+        # A response that could not be graded is not trained on; at the mean of the others it moves no baseline either.
+        graded = torch.tensor([not (r.score is not None and r.score.failed) for r in rollouts]).view(-1, group_size)
+        groups = rewards.view(-1, group_size)
+        others = (groups * graded).sum(1, keepdim=True) / graded.sum(1, keepdim=True).clamp(min=1)
+        rewards = torch.where(graded, groups, others).flatten()
+        advantages = GROUP_ADVANTAGES[self.recipe.advantage.type](rewards, group_size)
         return [a.expand(len(rollout.response_ids)).clone() for a, rollout in zip(advantages, rollouts, strict=True)]
 
     def _with_returns(self, samples: Sequence[Sample], kl_lambda: float) -> list[Sample]:

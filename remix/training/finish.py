@@ -16,6 +16,7 @@ def finish(trainer: Trainer, recipe_path: str) -> dict[str, Any]:
     result = {
         "base_pass_at_1": state.base_pass_at_1,
         "final_pass_at_1": state.pass_at_1,
+        "benchmarks": list(recipe.eval.benchmarks),
         "rollouts": state.rollouts,
         "steps": state.step,
         "seconds": round(state.seconds, 3),

@@ -11,7 +11,8 @@ import numpy as np
 
 from remix import checkpoint
 from remix.config import MixPolicyPhase, PhaseConfig, Recipe, dump_recipe
-from remix.evaluation.evaluate import Evaluation, evaluate
+from remix.evaluation.evaluate import evaluate, training_metrics
+from remix.evaluation.exam import Exam, Question, Response, respond
 from remix.models.loading import checkpoint_weights
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, shard_path, write_shard
@@ -27,7 +28,7 @@ from remix.training.phases import ends
 from remix.training.probe import check_sync
 from remix.training.reincarnation import reincarnate
 from remix.training.state import TrainState, to_checkpoint
-from remix.training.update import Updater
+from remix.training.update import TrainingError, Updater
 from remix.types import Prompt, RolloutGroup, Sampling
 
 
@@ -41,7 +42,7 @@ class Trainer:
     policy: Policy
     sampler: Sampler
     stream: PromptStream
-    held_out: Sequence[Prompt]
+    exams: Sequence[Exam]
     experience: Experience
     updater: Updater
     replay: ReplayBuffer
@@ -54,8 +55,9 @@ class Trainer:
         watch, started = Stopwatch(self.progress.stage), time.perf_counter() - self.state.seconds
         self._sync(watch)
         if self.state.base_pass_at_1 is None:
-            self.state.base_pass_at_1 = self._evaluate(watch).pass_at_1
-            self.progress.update(0, {"eval/pass@1": self.state.base_pass_at_1}, self._phase.type)
+            metrics = self._evaluate(watch)
+            self.state.base_pass_at_1 = self.state.pass_at_1
+            self.progress.update(0, metrics, self._phase.type)
         for step in range(self.state.step, self.recipe.last_step):
             metrics = self._step(step)
             self.state.seconds = time.perf_counter() - started
@@ -84,7 +86,7 @@ class Trainer:
         metrics |= self._sync(watch)
         self.state.step = step + 1
         if self._due(self.recipe.eval.every):
-            metrics |= self._evaluate(watch).metrics()
+            metrics |= self._evaluate(watch)
         return metrics | watch.metrics()
 
     def _finish(self, step: int, metrics: dict[str, float]) -> None:
@@ -137,6 +139,12 @@ class Trainer:
                 uniform = self.recipe.drops_uniform_groups and group.uniform
                 (dropped if uniform else kept).append(group)
         self.state.rollouts += self.recipe.rollout.group_size * (len(kept) + len(dropped))
+        sampled = [rollout for group in (*kept, *dropped) for rollout in group.rollouts]
+        if not any(rollout.sampler_logprobs.isfinite().all() for rollout in sampled):
+            raise TrainingError(
+                f"step {step}: the log-probs of every response are NaN or infinite: the policy is broken. Go on from "
+                "an earlier checkpoint with a lower optimizer.lr, or start from a model that is whole"
+            )
         return kept, dropped
 
     def _rollouts(self, prompts: Sequence[Prompt], step: int, watch: Stopwatch) -> list[RolloutGroup]:
@@ -170,18 +178,17 @@ class Trainer:
             self.sampler.engine.sync(checkpoint_weights(self.policy.module.lm))
             return check_sync(self.recipe, self.policy, self.sampler.engine, self.stream.take(0, 4))
 
-    def _evaluate(self, watch: Stopwatch) -> Evaluation:
-        config = self.recipe.eval
-        sampling = Sampling(self.recipe.rollout.max_tokens, temperature=config.temperature, top_p=config.top_p)
+    def _evaluate(self, watch: Stopwatch) -> dict[str, float]:
+        def responses(exam: Exam) -> list[Response]:
+            def work(share: Sequence[Question]) -> list[Response]:
+                return respond(exam, share, self.sampler.engine, self.sampler.decode, self.recipe.seed)
 
-        def work(share: Sequence[Prompt]) -> list[RolloutGroup]:
-            # One version for all evaluations: the same random numbers, so that differences are the policy's.
-            return self.sampler.sample(share, sampling, config.samples, version=-1)
+            return self.cluster.map(work, exam.questions)
 
         with watch("evaluating"):
-            evaluation = evaluate(self.cluster.map(work, self.held_out))
-        self.state.pass_at_1 = evaluation.pass_at_1
-        return evaluation
+            metrics = training_metrics([evaluate(exam, responses(exam)) for exam in self.exams])
+        self.state.pass_at_1 = metrics["eval/pass@1"]
+        return metrics
 
     def _describe(
         self,

@@ -50,8 +50,10 @@ class PhaseState:
         self.reincarnations.append(step)
         self.history = []
 
-    def lambda_at(self, step: int, schedule: LambdaSchedule) -> float:
+    def lambda_at(self, step: int, schedule: LambdaSchedule | None) -> float:
         """λ of the KL-Convex constraint at a training step."""
+        if schedule is None:
+            return 1.0
         return lambda_decay(
             step - self.lambda_start,
             start=schedule.start,

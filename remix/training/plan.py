@@ -22,6 +22,7 @@ from remix.config import (
     Trigger,
     VLLMEngineConfig,
 )
+from remix.evaluation.overrides import evaluation_responses
 from remix.training.memory import Memory, estimate_memory
 from remix.training.refusals import refuse_contradictions
 from remix.training.schedule import first_step_rollouts, schedules, step_rollouts
@@ -134,7 +135,7 @@ def make_plan(recipe: Recipe, world_size: int = 1) -> Plan:
         rollouts=total(_phase_rollouts),
         refill_rollouts=total(_phase_rollouts).high * recipe.rollout.refill.max_rounds,
         evaluations=evaluations,
-        evaluation_rollouts=evaluations * recipe.eval.prompts * recipe.eval.samples,
+        evaluation_rollouts=evaluations * evaluation_responses(recipe),
         memory=memory,
         notes=tuple(_notes(recipe, phases, memory)),
     )

@@ -13,7 +13,7 @@ from remix.types import Engine, Prompt, Request, Rollout, Sampling
 
 PROBE_TOKENS = 16
 DEFAULT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
-"""Mean |difference| in nats. In bfloat16 kernels differ by about 1e-2; stale weights by whole nats."""
+"""Mean |difference| in nats. In bfloat16 kernels differ by about 1e-2; weights of another model by whole nats."""
 
 
 def check_sync(recipe: Recipe, policy: Policy, engine: Engine, prompts: Sequence[Prompt]) -> dict[str, float]:

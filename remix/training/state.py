@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from remix import checkpoint
 from remix.checkpoint import Checkpoint
+from remix.config import Recipe, parse_recipe
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, read_shard, shard_path
 from remix.training.phases import PhaseState
@@ -41,11 +44,8 @@ class TrainState:
 
 
 def to_checkpoint(state: TrainState, policy: Policy, updater: Updater, replay: ReplayBuffer, recipe: str) -> Checkpoint:
-    anchors = {
-        "reference": policy.reference,
-        "precedent": policy.precedent,
-        "next_precedent": policy.next_precedent,
-    }
+    # What was the policy as this step began is the precedent of the next.
+    anchors = {"reference": policy.reference, "precedent": policy.next_precedent}
     tensors = {
         "model": policy.weights(with_base=state.base_merged),
         "optimizer": checkpoint.optimizer_tensors(updater.optimizer),
@@ -67,13 +67,40 @@ def from_checkpoint(
     """Puts everything back in its place. Raises ValueError where the checkpoint does not fit the recipe."""
     policy.load_weights(saved.tensors["model"])
     policy.reference = _snapshot(saved, "reference")
-    policy.precedent = _snapshot(saved, "precedent")
-    policy.next_precedent = _snapshot(saved, "next_precedent")
+    policy.next_precedent = _snapshot(saved, "precedent")
     checkpoint.load_optimizer(updater.optimizer, saved.tensors.get("optimizer", {}))
     checkpoint.load_rng(saved.tensors["rng"])
     for version in saved.state["replay_versions"]:
         replay.add(read_shard(shard_path(run_dir, version)), version)
     return TrainState.from_plain(saved.state["state"])
+
+
+MAY_CHANGE = {"run_dir", "max_steps", "eval", "checkpoint", "log"}
+"""Keys of a recipe that do not change what a run computes: how far it goes, where it lies, what it shows."""
+
+
+def check_same_recipe(saved: Checkpoint, recipe: Recipe) -> None:
+    """Raises ValueError naming the keys where a resumed run would not be the run that was begun."""
+    before = _flat(parse_recipe(yaml.safe_load(saved.state["recipe"]), "the run's recipe").model_dump(mode="json"))
+    now = _flat(recipe.model_dump(mode="json"))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        listed = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise ValueError(f"--resume goes on with the recipe that the run was begun with, but {listed}")
+
+
+def _flat(block: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys, without those that may change and without the model's place, which may have moved."""
+    if not isinstance(block, dict | list):
+        return {prefix: block}
+    items = block.items() if isinstance(block, dict) else enumerate(block)
+    return {
+        name: value
+        for key, inner in items
+        if prefix or key not in MAY_CHANGE
+        for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+        if name != "model.path"
+    }
 
 
 def _snapshot(saved: Checkpoint, name: str) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ def test_a_reference_that_was_never_kept_is_missed(tiny_model: Path, tmp_path: P
     with opened(tiny_recipe(tiny_model, tmp_path, changes)) as trainer:
         trainer.fit()
     with (
-        pytest.raises(ValueError, match=r"kept no reference: leave it at 0"),
+        pytest.raises(ValueError, match=r"kl.weight was 0.0, is 0.1"),
         opened(tiny_recipe(tiny_model, tmp_path, {**changes, "kl": {"weight": 0.1}}), resume=True),
     ):
         pass

@@ -284,6 +284,81 @@ def test_rollouts_with_nan_log_probs_are_counted_and_left_out(tiny_model: Path, 
         assert all(math.isfinite(value) for value in metrics.values() if isinstance(value, float))
 
 
+def test_each_pass_is_an_optimiser_step_a_minibatch_and_the_critic_has_its_own_rate(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    phase = {"type": "mix_policy", "utd_ratio": 3}
+    changes = {"steps": 1, "phases": [phase], "advantage": GAE, "optimizer": {"lr": 1e-4, "critic_lr": 3e-2}}
+    with opened(tiny_recipe(tiny_model, tmp_path, changes)) as t:
+        t.fit()
+        counts = {int(state["step"]) for state in t.updater.optimizer.state.values()}
+        assert counts == {3 * 2}  # 3 passes of 2 minibatches
+        assert {g["name"]: g["lr"] for g in t.updater.optimizer.param_groups} == {"policy": 1e-4, "critic": 3e-2}
+        # Adam's first steps are of the size of the rate: 6 of 3e-2 for the head, which began at zero.
+        assert 0.01 < t.policy.module.value_head.weight.abs().max() < 0.2
+
+
+def test_the_kl_of_replayed_tokens_is_weighed_by_the_ratio(tiny_model: Path, tmp_path: Path) -> None:
+    """Σ over tokens of w·k3 with w = π/π_b where the lag is above 0 and 1 elsewhere, over the number of tokens."""
+    changes = {
+        "steps": 3, "phases": MIX, "kl": {"weight": 1.0}, "objective": {"entropy_weight": 0},
+        "optimizer": {"lr": 0.003},
+    }  # fmt: skip
+    with opened(tiny_recipe(tiny_model, tmp_path, changes)) as t:
+        t._finish(0, t._step(0))
+        fresh, _ = t._sample(t._phase, 1, Stopwatch(lambda _: None))
+        samples = t.experience.prepare(
+            fresh, t._draw(t._phase, 1, len(fresh)), step=1, kl_lambda=1.0, reference_since=0
+        )[1]
+        assert {s.policy_lag for s in samples} == {0, 1}
+        term = t.updater.accumulate(samples, TokenStats(), kl_lambda=1.0)["loss/kl"]
+    weighed, plain = 0.0, 0.0
+    for s in samples:  # θ = π_k, so the policy's log-probs are the proximal ones
+        k3 = kl_estimate(s.proximal_logprobs, s.rollout.reference_logprobs, "k3")
+        ratio = (s.proximal_logprobs - s.rollout.behaviour_logprobs).exp()
+        weighed += ((ratio if s.policy_lag else 1.0) * k3).sum().item()
+        plain += k3.sum().item()
+    tokens = sum(s.num_tokens for s in samples)
+    assert term == pytest.approx(weighed / tokens, rel=1e-3)
+    assert weighed != pytest.approx(plain, rel=5e-3)
+
+
+def test_a_response_that_could_not_be_graded_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    """Nor does it count in its group's baseline: the others' advantages have mean 0 among themselves."""
+    with opened(tiny_recipe(tiny_model, tmp_path, {"advantage": {"type": "dr_grpo"}})) as t:
+        fresh, _ = t._sample(t._phase, 0, Stopwatch(lambda _: None))
+        first = fresh[0]
+        lost = replace(first.rollouts[2], score=replace(first.rollouts[2].score, verdict="timeout", value=-9.0))
+        rollouts = (*first.rollouts[:2], lost, *first.rollouts[3:])
+        groups = [replace(first, rollouts=rollouts), *fresh[1:]]
+        samples = t.experience.prepare(groups, [], step=0, kl_lambda=1.0, reference_since=0)[1]
+    assert len(samples) == 4 * len(groups) - 1
+    assert lost.seed not in {s.rollout.seed for s in samples}
+    of_group = [s for s in samples if s.rollout.seed in {r.seed for r in first.rollouts}]
+    rewards = [s.rollout.score.value for s in of_group]
+    assert [s.advantages[0].item() for s in of_group] == pytest.approx(
+        [reward - sum(rewards) / 3 for reward in rewards], abs=1e-6
+    )
+
+
+def test_a_broken_policy_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    with opened(tiny_recipe(tiny_model, tmp_path)) as t:
+        with torch.no_grad():
+            t.policy.module.lm.model.norm.weight.fill_(math.nan)
+        with pytest.raises(TrainingError, match="step 0: the log-probs of every response are NaN"):
+            t._step(0)
+
+
+def test_resume_refuses_another_recipe(tiny_model: Path, tmp_path: Path) -> None:
+    run(tiny_recipe(tiny_model, tmp_path, {"max_steps": 1, "phases": MIX}))
+    changed = tiny_recipe(tiny_model, tmp_path, {"phases": [{**MIX[0], "window": 3}], "seed": 7})
+    with (
+        pytest.raises(ValueError, match=r"phases\.0\.window was 2, is 3; seed was 0, is 7"),
+        opened(changed, resume=True),
+    ):
+        pass
+
+
 class TestBadInput:
     """Each ends in one line on stderr that names the cause and the remedy, and exit status 2."""
 

@@ -1,0 +1,55 @@
+"""What a run is evaluated on: benchmarks, or the held-out prompts of its own tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from remix.config import Recipe
+from remix.evaluation.benchmarks import load_benchmarks, load_problems
+from remix.evaluation.build import benchmark_exam, check_context, held_out_exam
+from remix.evaluation.exam import Exam
+from remix.evaluation.overrides import recipe_overrides
+from remix.models.loading import context_length
+from remix.rewards import GraderPool
+from remix.rollout.sample import Scorer
+from remix.tasks import TaskSet, eval_prompts
+from remix.types import Sampling
+
+GRADER_WORKERS = 4
+
+
+def build_exams(
+    recipe: Recipe, tokenizer: Any, held_out: Sequence[TaskSet], rewards: Scorer, stack: ExitStack
+) -> list[Exam]:
+    """The exams, encoded. What they keep open is closed by `stack`. Raises ValueError."""
+    config, overrides = recipe.eval, recipe_overrides(recipe)
+    if config.benchmarks:
+        grader = stack.enter_context(GraderPool(workers=min(GRADER_WORKERS, os.cpu_count() or 1)))
+        data_dir = None if config.data_dir is None else Path(config.data_dir)
+        exams = [
+            benchmark_exam(
+                benchmark, load_problems(benchmark, data_dir), tokenizer, grader, overrides, chat=recipe.prompt.chat
+            )
+            for benchmark in load_benchmarks(config.benchmarks)
+        ]
+    else:
+        sampling = Sampling(
+            config.max_tokens or recipe.rollout.max_tokens,
+            temperature=1.0 if config.temperature is None else config.temperature,
+            top_p=config.top_p or 1.0,
+        )
+        exams = [
+            held_out_exam(
+                eval_prompts(held_out, config.prompts, seed=0),
+                rewards,
+                samples=config.samples or 1,
+                sampling=sampling,
+                reflection_phrases=recipe.log.reflection_patterns,
+            )
+        ]
+    check_context(exams, context_length(recipe.model), "eval.max_tokens")
+    return exams
