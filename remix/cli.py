@@ -1,4 +1,4 @@
-"""remix plan | train"""
+"""remix plan | train | eval"""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from remix.evaluation import command as evaluation
 
 # Nothing heavy up here: `remix --help` answers at once.
 
@@ -36,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if not hasattr(args, "words"):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.words, args.arguments = [], list(sys.argv[2:] if argv is None else argv[1:])
     recipe, overrides = _split([*args.words, *rest])
     try:
         return int(args.command(args, recipe, overrides))
@@ -71,6 +77,27 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
     train.add_argument("--config_file", metavar="FILE", help="accelerate configuration, see recipes/accelerate/")
     train.add_argument("--resume", metavar="RUN_DIR", help="go on from its last checkpoint; RECIPE may be left out")
+
+    evaluate = commands.add_parser(
+        "eval",
+        usage=evaluation.USAGE,
+        help="evaluate a model on benchmarks",
+        description="Samples, grades, and writes scores with all that is needed to have them again.",
+    )
+    evaluate.set_defaults(command=_eval)
+    evaluation.add_arguments(evaluate)
+
+    grade = commands.add_parser(
+        "grade",
+        usage="remix grade --in FILE.jsonl --out FILE.jsonl [--workers N] [--timeout S]",
+        help="grade responses against gold answers",
+        description='Reads lines {"gold": str | [str], "prediction": str, ...} and writes each with its verdict.',
+    )
+    grade.set_defaults(command=_grade)
+    grade.add_argument("--in", dest="source", required=True, metavar="FILE", help="responses, as JSON lines")
+    grade.add_argument("--out", dest="target", required=True, metavar="FILE", help="a new file for the verdicts")
+    grade.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one per core")
+    grade.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds per answer (default 5)")
 
     for command in (plan, train):
         command.add_argument(
@@ -121,6 +148,38 @@ def _at_least_one(option: str, number: Any) -> int:
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"{option} must be a whole number from 1, not {number!r}")
     return number
+
+
+# --- remix eval ---------------------------------------------------------------------------------------------------
+
+
+def _eval(args: argparse.Namespace, *_: Any) -> int:
+    return evaluation.main(args, args.arguments, has_gpu=has_gpu(os.environ))
+
+
+# --- remix grade --------------------------------------------------------------------------------------------------
+
+
+def _grade(args: argparse.Namespace, *_: Any) -> int:
+    from rich.console import Console
+
+    from remix.rewards.grade_file import count_lines, grade_file
+    from remix.tracking.countdown import Countdown
+
+    if not 0 < args.timeout < float("inf"):
+        raise ValueError(f"--timeout must be a number of seconds above 0, not {args.timeout}")
+    source, workers = Path(args.source), _at_least_one("--workers", args.workers)
+    try:
+        with Countdown(count_lines(source) or 0, console=Console(stderr=True)) as countdown:
+            counts = grade_file(
+                source, Path(args.target), workers, args.timeout, lambda count: countdown.advance(count, "grading")
+            )
+    except KeyboardInterrupt:
+        print("interrupted; nothing has been written", file=sys.stderr)
+        return 130
+    lines = sum(counts.values())
+    print(f"{lines:,} graded: " + (", ".join(f"{n:,} {verdict}" for verdict, n in counts.most_common()) or "no lines"))
+    return 0
 
 
 # --- remix train --------------------------------------------------------------------------------------------------

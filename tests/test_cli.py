@@ -44,7 +44,9 @@ def beside_fake_trainer(tmp_path: Path) -> Path:
 # --- help, version, mistakes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [["--help"], ["plan", "--help"], ["train", "--help"], ["plan", str(RECIPE)]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["plan", "--help"], ["train", "--help"], ["eval", "--help"], ["plan", str(RECIPE)]]
+)
 def test_quick_commands_import_nothing_heavy(args: list[str]) -> None:
     script = f"""
         import sys

@@ -24,7 +24,7 @@ ELSEWHERE = {"bash scripts/test.sh"}  # what runs this
 def test_every_command_runs(tmp_path: Path) -> None:
     """In the README's order, since one resumes what another began, from a copy so that runs/ stays clean."""
     assert len(COMMANDS) >= 7
-    for name in ("recipes", "scripts", "remix", ".venv", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("eval", "recipes", "scripts", "remix", ".venv", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"}
     for command in COMMANDS:
@@ -33,6 +33,8 @@ def test_every_command_runs(tmp_path: Path) -> None:
         words = shlex.split(command)
         if "scripts/bench_step.py" in words:
             words += ["--steps", "1", *QUICK[1:]]
+        elif words[:2] == ["remix", "eval"]:
+            words += ["--limit", "8"]
         elif "--resume" in words:
             words += ["max_steps=2"]
         elif "plan" not in words:
@@ -40,6 +42,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-3000:]}"
     assert (tmp_path / "runs" / "demo" / "final" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "eval" / "summary.md").exists()
     assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

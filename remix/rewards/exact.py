@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from remix.config import ExactMatchReward
 from remix.rewards.base import Part
+from remix.rewards.equivalence import Grade
 from remix.types import Prompt
+
+
+def exact_grade(golds: Sequence[str], response: str, after: str | None) -> Grade:
+    """The answer is what follows the last `after`, or the whole response, but for white space around it."""
+    _, marker, rest = response.rpartition(after) if after is not None else ("", "whole", response)
+    answer = rest.strip()
+    if not marker or not answer:
+        return Grade("no_answer")
+    return Grade("correct" if any(answer == gold.strip() for gold in golds) else "wrong", answer)
 
 
 class ExactMatch:
@@ -14,18 +24,11 @@ class ExactMatch:
         self._after = config.after
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], num_tokens: Sequence[int]) -> list[Part]:
-        return [self._one(prompt.answer, response) for prompt, response in zip(prompts, responses, strict=True)]
+        grades = [
+            exact_grade((prompt.answer,), response, self._after)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return [Part(float(grade.verdict == "correct"), grade.verdict) for grade in grades]
 
     def close(self) -> None:
         pass
-
-    def _one(self, gold: str, response: str) -> Part:
-        answer = response
-        if self._after is not None:
-            _, marker, answer = response.rpartition(self._after)
-            if not marker:
-                return Part(0.0, "no_answer")
-        answer = answer.strip()
-        if not answer:
-            return Part(0.0, "no_answer")
-        return Part(1.0, "correct") if answer == gold.strip() else Part(0.0, "wrong")

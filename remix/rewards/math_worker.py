@@ -1,4 +1,4 @@
-"""The grader's worker process: a JSON line [golds, response] in, a JSON line [verdict, extracted] out.
+"""The grader's worker process: a JSON line [golds, answer, tolerance] in, a JSON line [verdict, extracted] out.
 
 Started as `python -m remix.rewards.math_worker MEMORY_BYTES CPU_SECONDS` by `remix.rewards.pool`, which enforces the
 deadline by killing it. It stays free of torch, so that it starts fast and holds little memory.
@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 
-from remix.rewards.equivalence import grade
+from remix.rewards.equivalence import judge, warm_up
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     logging.disable(logging.CRITICAL)  # math-verify warns that its own time-outs are off
-    grade(["2"], r"\boxed{\frac{4}{2}}")  # builds the parser's tables, which takes longer than any answer
+    warm_up()
     # From here on, what libraries print would disturb the protocol or fill the log with warnings of model text.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
@@ -31,13 +31,13 @@ def main() -> None:
     for line in sys.stdin:
         # Should the parent be gone, nobody enforces the deadline: then this ends a computation that does not.
         _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + cpu_seconds))
-        golds, response = json.loads(line)
+        golds, answer, tolerance = json.loads(line)
         try:
-            found = grade(golds, response)
+            found = judge(golds, answer, tolerance)
             reply = (found.verdict, found.extracted)
         except MemoryError:
             raise  # ends this process: the next answer deserves a clean one
-        except Exception:  # math-verify and sympy, on whatever a model wrote
+        except Exception:  # a parser and computer algebra, on whatever a model wrote
             reply = ("error", None)
         replies.write(json.dumps(reply) + "\n")
 

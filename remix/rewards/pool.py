@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from remix.rewards.equivalence import Grade, quick_grade, relevant
+from remix.rewards.answers.extract import extract
+from remix.rewards.equivalence import Grade, gold_answer, quick_grade
 
 if TYPE_CHECKING:
     from remix.types import Verdict
@@ -29,6 +30,9 @@ START_SECONDS = 120.0
 """How long a worker may take to import what it needs, on a busy machine."""
 MEMORY_BYTES = 2 * 1024**3
 """Address space of one worker."""
+
+_Request = tuple[list[str], str, float | None]
+"""Golds, answer, tolerance."""
 
 
 class GraderPool:
@@ -40,11 +44,19 @@ class GraderPool:
         self._owner = os.getpid()
         self._lock = threading.Lock()
 
-    def grade(self, golds: Sequence[Sequence[str]], responses: Sequence[str]) -> list[Grade]:
-        """One grade per response, in order; each response comes with one or more gold answers."""
-        grades = [quick_grade(*pair) for pair in zip(golds, responses, strict=True)]
-        requests = {
-            index: (list(golds[index]), relevant(responses[index])) for index, found in enumerate(grades) if not found
+    def grade(
+        self, golds: Sequence[Sequence[str]], responses: Sequence[str], tolerance: float | None = None
+    ) -> list[Grade]:
+        """One grade per response, in order; each response comes with one or more gold answers.
+
+        `tolerance`: the relative error that a benchmark allows numerical answers, such as 0.01.
+        """
+        answers = [extract(response) for response in responses]
+        grades = [quick_grade(*pair) for pair in zip(golds, answers, strict=True)]
+        requests: dict[int, _Request] = {
+            index: (list(map(gold_answer, golds[index])), str(answers[index]), tolerance)
+            for index, found in enumerate(grades)
+            if found is None
         }
         if requests:
             with self._lock:
@@ -67,7 +79,7 @@ class GraderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, requests: Mapping[int, tuple[list[str], str]]) -> Iterator[tuple[int, Grade]]:
+    def _run(self, requests: Mapping[int, _Request]) -> Iterator[tuple[int, Grade]]:
         """Hand out requests, one per worker at a time, and yield the grades as they come."""
         waiting = deque(requests.items())
         self._staff(min(self._size, len(waiting)))
@@ -142,7 +154,7 @@ class _Worker:
     def sending(self) -> bool:
         return bool(self._unsent)
 
-    def send(self, task: int, request: tuple[list[str], str]) -> None:
+    def send(self, task: int, request: _Request) -> None:
         self.task, self.deadline = task, time.monotonic() + self._timeout
         self._unsent = json.dumps(request).encode() + b"\n"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,43 @@ def load_hub(config: HubTask, split: Split, task: str) -> list[Prompt]:
 
 
 def _rows(config: HubTask, split: str, limit: int | None) -> Iterator[Row]:
-    rows = _load(config, split)
-    wanted = [column for column in (config.id, config.problem, config.answer) if column in rows.column_names]
-    # Columns that nobody asked for may be large (images, solutions); where one is missing, all are needed to say so.
-    if len(wanted) == 2 + (config.id is not None):
-        rows = rows.select_columns(list(dict.fromkeys(wanted)))
+    rows = load_rows(config.path, name=config.name, revision=config.revision, split=split)
+    rows = narrowed(rows, [config.problem, config.answer, *([] if config.id is None else [config.id])])
     for number, row in enumerate(rows if limit is None else rows.select(range(min(limit, len(rows))))):
         yield f"{config.path} ({split}), row {number}", row
 
 
-def _load(config: HubTask, split: str) -> Any:
+def load_rows(path: str, *, name: str | None, revision: str | None, split: str) -> Any:
+    """One split as `datasets` gives it. Raises ValueError with the cause in one line."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    path, files = config.path, None
+    wanted, files = path, None
     if Path(path).is_file():
         if Path(path).suffix not in BUILDERS:
             raise ValueError(f"{path}: files are read by suffix, one of {', '.join(BUILDERS)}; rename or convert it")
         path, files = BUILDERS[Path(path).suffix], path
     try:
-        return load_dataset(path, name=config.name, revision=config.revision, split=split, data_files=files)
+        return load_dataset(path, name=name, revision=revision, split=split, data_files=files)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(
-            f"the data set '{config.path}' (name {config.name}, split {split}) cannot be loaded: {cause}; "
+            f"the data set '{wanted}' (name {name}, split {split}) cannot be loaded: {cause}; "
             "check `path`, `name`, `split` and the network, or give a local folder or file"
         ) from error
+
+
+def narrowed(rows: Any, columns: Iterable[str]) -> Any:
+    """These columns alone: others may be large (images, solutions). Where one is missing, all, to say so."""
+    wanted = list(dict.fromkeys(columns))
+    return rows.select_columns(wanted) if set(wanted) <= set(rows.column_names) else rows
+
+
+def loaded_revision(rows: Any) -> str | None:
+    """The commit that a data set of the hub was loaded at, where `datasets` has kept it."""
+    # Every file that was fetched is recorded as hf://datasets/owner/name@commit/path.
+    for file in rows.info.download_checksums or {}:
+        found = re.search(r"@([0-9a-f]{40})/", str(file))
+        if found is not None:
+            return found[1]
+    return None

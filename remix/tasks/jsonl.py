@@ -16,12 +16,13 @@ from remix.types import Prompt
 def load_jsonl(config: JsonlTask, split: Split, task: str) -> list[Prompt]:
     """The problems of one split: `eval_path` is the test split, or else a share of `path`; `limit` is for `path`."""
     if split == "test" and config.eval_path is not None:
-        return to_prompts(_rows(Path(config.eval_path)), config, task)
-    prompts = to_prompts(islice(_rows(Path(config.path)), config.limit), config, task)
+        return to_prompts(read_rows(Path(config.eval_path)), config, task)
+    prompts = to_prompts(islice(read_rows(Path(config.path)), config.limit), config, task)
     return prompts if config.eval_path is not None else cut(prompts, config.holdout, split)
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, each with its place. Raises ValueError on what is not JSON lines."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; relative paths start at the working directory, {Path.cwd()}")
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remix.config import ArithmeticTask, HubTask, JsonlTask, TaskConfig
 from remix.tasks.arithmetic import generate, problems
+from remix.tasks.exclusion import load_exclusion
 from remix.tasks.hub import load_hub
 from remix.tasks.jsonl import load_jsonl
 from remix.tasks.rows import Split
@@ -34,6 +35,8 @@ class TaskSet:
     weight: float
     """Share of the draws, relative to the others'."""
     prompts: tuple[Prompt, ...]
+    excluded: int = 0
+    """How many problems were left out because a benchmark holds them."""
 
 
 def load_arithmetic(config: ArithmeticTask, split: Split, task: str) -> list[Prompt]:
@@ -71,7 +74,9 @@ def load_tasks(configs: Sequence[TaskConfig], split: Split) -> list[TaskSet]:
         names.add(name)
         if split == "test" and _keeps_none_back(config):
             continue
-        prompts = TASKS[config.type](config, split, name)
+        prompts = found = TASKS[config.type](config, split, name)
+        if _is_excluded_from(config, split):
+            prompts = load_exclusion(config.exclude, config.exclude_dir, config.exclude_overlap).without(found)
         if not prompts:
             raise ValueError(f"task '{name}' has no {split} problems; {_remedy(config, split)}")
         # Two files may both number their rows from 0: the later task's ids then go by its name.
@@ -80,7 +85,7 @@ def load_tasks(configs: Sequence[TaskConfig], split: Split) -> list[TaskSet]:
             replace(prompt, id=f"{name}/{prompt.id}" if clash else prompt.id, task=name) for prompt in prompts
         )
         ids.update(prompt.id for prompt in named)
-        sets.append(TaskSet(name, config.weight, named))
+        sets.append(TaskSet(name, config.weight, named, excluded=len(found) - len(prompts)))
     if not sets:
         raise ValueError("no task has held-out problems; give one a `holdout` above 0 or a test split of its own")
     return sets
@@ -203,6 +208,18 @@ def _keeps_none_back(config: TaskConfig) -> bool:
             return False
 
 
+def _is_excluded_from(config: TaskConfig, split: Split) -> TypeGuard[JsonlTask | HubTask]:
+    """Whether `exclude` speaks of this split: not of one that is held out by itself."""
+    match config:
+        case JsonlTask():
+            own = config.eval_path is not None
+        case HubTask():
+            own = config.eval_split is not None
+        case _:
+            return False
+    return bool(config.exclude) and (split == "train" or not own)
+
+
 def _remedy(config: TaskConfig, split: Split) -> str:
     match config:
         case ArithmeticTask():
@@ -211,7 +228,8 @@ def _remedy(config: TaskConfig, split: Split) -> str:
             own, source = "eval_path", config.path if split == "train" else config.eval_path or config.path
         case HubTask():
             own, source = "eval_split", config.path
+    excluded = f" and not excluded whole by {', '.join(config.exclude)}" if config.exclude else ""
     return (
-        f"check that {source} is not empty; where `holdout` ({config.holdout}) leaves nothing on this side, change it "
-        f"or set `{own}`" + ("; `holdout: 0` leaves the task out of evaluation" if split == "test" else "")
+        f"check that {source} is not empty{excluded}; where `holdout` ({config.holdout}) leaves nothing on this side, "
+        f"change it or set `{own}`" + ("; `holdout: 0` leaves the task out of evaluation" if split == "test" else "")
     )

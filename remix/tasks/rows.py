@@ -16,12 +16,17 @@ Row = tuple[str, Mapping[str, Any]]
 
 
 def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> list[Prompt]:
-    """One prompt per row. Ids are those of the id column, or without one `task/row number`."""
+    """One prompt per row. Ids are those of the id column, or without one `task/row number`.
+
+    Under `unanswered: drop` rows without an answer are left out; they keep their number.
+    """
     prompts: list[Prompt] = []
     origins: dict[str, str] = {}
     for number, (where, row) in enumerate(rows):
+        if config.unanswered == "drop" and is_empty(cell(row, "answer", config.answer, where)):
+            continue
         # An id of 0 is one, an empty one is none.
-        identity = f"{task}/{number}" if config.id is None else _text(row, "id", config.id, where)
+        identity = f"{task}/{number}" if config.id is None else text(row, "id", config.id, where)
         if identity in origins:
             raise ValueError(
                 f"{where}: the id '{identity}' is also that of {origins[identity]}; "
@@ -29,7 +34,7 @@ def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> l
             )
         origins[identity] = where
         content = _content(row, config.problem, where)
-        prompts.append(Prompt(identity, content, _text(row, "answer", config.answer, where), task))
+        prompts.append(Prompt(identity, content, text(row, "answer", config.answer, where), task))
     return prompts
 
 
@@ -42,13 +47,20 @@ def cut(prompts: list[Prompt], share: float, split: Split) -> list[Prompt]:
     return [prompt for prompt in prompts if (_hash(prompt) < share) == (split == "test")]
 
 
+def problem_text(prompt: Prompt) -> str:
+    """What is asked, without roles: the turns of a conversation one after the other."""
+    if isinstance(prompt.content, str):
+        return prompt.content
+    return "\n".join(turn["content"] for turn in prompt.content)
+
+
 def _hash(prompt: Prompt) -> float:
     """Uniform on [0, 1), from the text alone."""
-    text = prompt.content if isinstance(prompt.content, str) else "\n".join(turn["content"] for turn in prompt.content)
-    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:6]) / 2**48
+    return int.from_bytes(hashlib.sha256(problem_text(prompt).strip().encode()).digest()[:6]) / 2**48
 
 
-def _cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
+def cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
+    """The column's cell as it is. Raises ValueError where there is no such column."""
     if column not in row:
         remedy = f"set `{key}` to the right one" + (", or to null to number the rows" if key == "id" else "")
         raise ValueError(
@@ -57,24 +69,30 @@ def _cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
     return row[column]
 
 
-def _text(row: Mapping[str, Any], key: str, column: str, where: str) -> str:
-    cell = _cell(row, key, column, where)
-    if isinstance(cell, str) and cell.strip():
-        return cell
-    if isinstance(cell, int | float) and not isinstance(cell, bool):
-        return str(cell)
-    found = "empty" if cell is None or cell == "" or isinstance(cell, str) else f"a {type(cell).__name__}, not text"
+def text(row: Mapping[str, Any], key: str, column: str, where: str) -> str:
+    """The column's cell as text; `key` is the setting that names the column, for messages."""
+    value = cell(row, key, column, where)
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    found = "empty" if is_empty(value) else f"a {type(value).__name__}, not text"
     raise ValueError(
         f"{where}: the {key} (column '{column}') is {found}; remove the row or set `{key}` to another column"
     )
 
 
+def is_empty(value: Any) -> bool:
+    """Nothing, or nothing but spaces."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _content(row: Mapping[str, Any], column: str, where: str) -> str | tuple[Message, ...]:
     """A text, or a conversation: a list of {"role": ..., "content": ...}."""
-    cell = _cell(row, "problem", column, where)
-    if isinstance(cell, list) and cell and all(_is_turn(turn) for turn in cell):
-        return tuple({"role": turn["role"], "content": turn["content"]} for turn in cell)
-    return _text(row, "problem", column, where)
+    value = cell(row, "problem", column, where)
+    if isinstance(value, list) and value and all(_is_turn(turn) for turn in value):
+        return tuple({"role": turn["role"], "content": turn["content"]} for turn in value)
+    return text(row, "problem", column, where)
 
 
 def _is_turn(turn: Any) -> bool:

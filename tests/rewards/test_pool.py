@@ -13,8 +13,8 @@ from remix.rewards import GraderPool
 from remix.rewards.pool import _Worker
 
 HALF = r"\frac{1}{2}"
-RIGHT, WRONG = r"\boxed{\frac{2}{4}}", r"\boxed{\frac{1}{3}}"  # both take mathematics, and so a worker
-BOMB = r"\boxed{9^{9^{9^{9}}} - 1}"
+RIGHT, WRONG = r"\boxed{\frac{\sqrt{4}}{4}}", r"\boxed{\frac{\sqrt{4}}{3}}"  # both take mathematics, and so a worker
+BOMB = r"\boxed{\sum_{k=1}^{10^9} \sin(k^k)}"  # for computer algebra, which does not come back
 
 
 def verdicts(pool: GraderPool, *responses: str, gold: str = HALF) -> list[str]:
@@ -59,7 +59,7 @@ def test_bombs_end_at_the_deadline_and_the_others_are_graded():
     with GraderPool(workers=2, timeout=1.5) as pool:
         verdicts(pool, RIGHT, RIGHT)  # both are up, so that only grading is timed
         began = time.monotonic()
-        found = verdicts(pool, RIGHT, BOMB, WRONG, r"\boxed{(10^{10^{10}})!}", RIGHT)
+        found = verdicts(pool, RIGHT, BOMB, WRONG, r"\boxed{\prod_{k=1}^{10^{7}} (k!)!}", RIGHT)
         assert time.monotonic() - began < 20
         assert [found[0], found[2], found[4]] == ["correct", "wrong", "correct"]
         assert found[1] in ("timeout", "error")  # which of time and memory ends it depends on the machine
@@ -67,12 +67,34 @@ def test_bombs_end_at_the_deadline_and_the_others_are_graded():
         assert verdicts(pool, RIGHT, WRONG) == ["correct", "wrong"]
 
 
-def test_deep_nesting_ends_at_the_deadline():
-    nested = r"\boxed{" + "(" * 900 + "1" + ")" * 900 + "}"
-    with GraderPool(workers=1, timeout=1) as pool:
-        verdicts(pool, RIGHT)
-        assert verdicts(pool, nested)[0] in ("timeout", "error")
-        assert verdicts(pool, RIGHT) == ["correct"]
+def test_a_soak_of_five_thousand_loses_none():
+    kinds = [
+        (RIGHT, {"correct"}),
+        (WRONG, {"wrong"}),
+        (r"\boxed{0.5}", {"correct"}),
+        ("The answer is 1/2.", {"correct"}),
+        ("no idea", {"no_answer"}),
+        ("<think>" + RIGHT, {"no_answer"}),
+        (r"\boxed{9^{9^{9^{9}}}}", {"wrong"}),
+        (r"\boxed{" + r"\sqrt{" * 300 + "}" * 301, {"wrong"}),
+        ("{" * 2000, {"no_answer", "wrong"}),
+        (r"\boxed{x^2 + \sin y}", {"wrong"}),
+        (r"\boxed{" + "7" * 1990 + "}", {"wrong"}),
+        (r"\boxed{\frac{1}{2}, \frac{1}{2} + 10^{-40}}", {"wrong"}),
+    ]
+    soak = [kinds[number % len(kinds)] for number in range(5_000)]
+    for number in range(400, 5_000, 800):
+        soak[number] = (BOMB, {"timeout", "error"})
+    with GraderPool(workers=2, timeout=1) as pool:
+        found = verdicts(pool, *[response for response, _ in soak])
+    assert len(found) == 5_000
+    assert [(number, verdict) for number, verdict in enumerate(found) if verdict not in soak[number][1]] == []
+
+
+def test_tolerance_reaches_the_workers():
+    with GraderPool(workers=1, timeout=30) as pool:
+        pair = [("3.14",)], [r"\boxed{3.141}"]
+        assert [pool.grade(*pair)[0].verdict, pool.grade(*pair, tolerance=0.01)[0].verdict] == ["wrong", "correct"]
 
 
 def test_a_worker_killed_from_outside_costs_its_own_answer_only(monkeypatch):

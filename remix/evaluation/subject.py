@@ -1,0 +1,185 @@
+"""The model under evaluation: a directory or hub id, with or without an adapter, and the engine that samples from it.
+
+An adapter is merged into the weights under either engine, so that both sample from the same policy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from remix.config import ModelConfig
+from remix.models import files
+from remix.models.loading import (
+    checkpoint_weights,
+    context_length,
+    eos_token_ids,
+    load_lm,
+    load_tokenizer,
+    merge_saved_adapter,
+)
+from remix.training.refusals import check_model_directory
+from remix.types import Engine
+
+Dtype = Literal["float32", "bfloat16"]
+EngineName = Literal["hf", "vllm"]
+
+GPU_SHARE = 0.9
+"""Of a GPU's memory for vLLM, which has it to itself here."""
+CPU_CACHE_GIB = 1.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Found, fetched and checked, but not loaded."""
+
+    model: str
+    adapter: str | None
+    folder: Path
+    adapter_folder: Path | None
+    dtype: Dtype
+    tokenizer: Any
+    context: int | None
+    """Most tokens of a prompt and its response together."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig(path=str(self.folder), dtype=self.dtype)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """What was evaluated, down to the bytes: hashes of every file that has a say."""
+        found = {
+            "weights": files.fingerprint(self.folder, ["*.safetensors"]),
+            "config": files.fingerprint(self.folder, ["config.json", "generation_config.json"]),
+            "tokenizer": files.fingerprint(self.folder, files.TOKENIZER_FILES),
+        }
+        if self.adapter_folder is not None:
+            found["adapter"] = files.fingerprint(self.adapter_folder, files.ADAPTER_FILES)
+        return found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The same for the same bytes, wherever they lie, but for `path`."""
+        hashes = {name: found["sha256"] for name, found in self.fingerprints.items()}
+        adapter = hashes.pop("adapter", None)
+        return {
+            "model": {"path": _place(self.model), "commit": files.commit(self.folder), **hashes},
+            "adapter": None if self.adapter is None else {"path": _place(self.adapter), "sha256": adapter},
+        }
+
+    def decoder(self) -> Callable[[list[int]], str]:
+        def decode(token_ids: list[int]) -> str:
+            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+        return decode
+
+    def engine(self, name: EngineName, *, max_model_len: int, batch_size: int) -> Engine:
+        """Loads the weights. `max_model_len`: of the longest prompt and its response."""
+        if name == "hf":
+            from remix.rollout.hf import HFEngine
+
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return HFEngine(
+                self._load().to(device).eval(),
+                eos_token_ids=eos_token_ids(self.config, self.tokenizer),
+                batch_size=batch_size,
+                device=device,
+                autocast=nullcontext,
+            )
+        from remix.rollout.vllm import VLLMEngine
+
+        merged = None if self.adapter_folder is None else self._load()  # first: it may not fit
+        engine = VLLMEngine(
+            str(self.folder),
+            dtype=self.dtype,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids(self.config, self.tokenizer),
+            memory_fraction=GPU_SHARE,
+            kv_cache_gib=CPU_CACHE_GIB,
+        )
+        if merged is not None:
+            engine.sync(checkpoint_weights(merged))
+        return engine
+
+    def _load(self) -> Any:
+        lm = load_lm(self.config, self.tokenizer, getattr(torch, self.dtype))
+        return lm if self.adapter_folder is None else merge_saved_adapter(lm, self.adapter_folder)
+
+
+def find_subject(
+    model: str, adapter: str | None, *, revision: str | None = None, dtype: Dtype | None = None
+) -> Subject:
+    """Raises ValueError with the remedy where model or adapter cannot be had, or do not belong together."""
+    folder = files.find(model, revision, files.MODEL_FILES, "--model")
+    if not (folder / "config.json").exists() and (folder / files.ADAPTER_CONFIG).exists():
+        base = _recorded_base(folder) or "its base model"
+        raise ValueError(f"--model {model} is an adapter: give --model {base} --adapter {model}")
+    adapter_folder = None
+    if adapter is not None:
+        adapter_folder = files.find(adapter, None, files.ADAPTER_FILES, "--adapter")
+        _check_base(adapter, adapter_folder, model, folder)
+    try:
+        check_model_directory(folder)
+    except ValueError as error:
+        raise ValueError(f"--model {error}") from None
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"--model {model}: no weights there (*.safetensors), as save_pretrained writes them")
+    config = ModelConfig(path=str(folder))
+    return Subject(
+        model=model,
+        adapter=adapter,
+        folder=folder,
+        adapter_folder=adapter_folder,
+        dtype=dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+        tokenizer=load_tokenizer(config),
+        context=context_length(config),
+    )
+
+
+def _place(path: str) -> str:
+    """A directory from the root, a hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
+def _check_base(adapter: str, adapter_folder: Path, model: str, folder: Path) -> None:
+    """Shapes alone do not tell a base from its instruct version; the adapter says what it was trained on."""
+    if not (adapter_folder / files.ADAPTER_CONFIG).exists():
+        raise ValueError(f"--adapter {adapter}: no {files.ADAPTER_CONFIG} there, as PEFT saves it")
+    recorded = _recorded_base(adapter_folder)
+    if recorded is None or _same_model(recorded, model, folder):
+        return
+    raise ValueError(
+        f"--adapter {adapter} was trained on another base, {recorded}, not on {model}: give --model {recorded}; "
+        f"if both are the same weights, correct base_model_name_or_path in its {files.ADAPTER_CONFIG}"
+    )
+
+
+def _recorded_base(adapter_folder: Path) -> str | None:
+    try:
+        recorded = json.loads((adapter_folder / files.ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"--adapter {adapter_folder}: {files.ADAPTER_CONFIG} is not readable: {error}") from None
+    return str(recorded) if recorded else None
+
+
+def _same_model(recorded: str, model: str, folder: Path) -> bool:
+    """By name, by place, by the last part of the name (a local copy of a hub model), or by the weights themselves."""
+    if recorded == model or Path(recorded).name.lower() in (Path(model).name.lower(), folder.name.lower()):
+        return not Path(recorded).is_dir() or _same_weights(Path(recorded), folder)
+    in_hub_cache = f"models--{recorded.replace('/', '--')}" in folder.parts
+    return in_hub_cache or (Path(recorded).is_dir() and _same_weights(Path(recorded), folder))
+
+
+def _same_weights(one: Path, other: Path) -> bool:
+    if one.resolve() == other.resolve():
+        return True
+    first, second = (files.fingerprint(folder, ["*.safetensors"])["sha256"] for folder in (one, other))
+    return bool(first == second)
