@@ -34,10 +34,10 @@ def _same_answer(gold: str, answer: str, tolerance: float | None) -> bool | None
     wanted, got = clean(gold), clean(answer)
     if not got:
         return False
-    if _spelling(wanted) == _spelling(got):
-        return True
     if len({modulus for modulus in (moduli(gold), moduli(answer)) if modulus}) > 1:
         return False
+    if _spelling(wanted) == _spelling(got):
+        return True
     golds, answers = list(_readings(wanted)), list(_readings(got))
     comparison = Comparison(tolerance)
     if golds and answers:

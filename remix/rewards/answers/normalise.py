@@ -109,7 +109,7 @@ _TEXT_DEGREES = re.compile(r"\\text\s?\{\s?degrees?\s?\}")
 _PERCENT = re.compile(
     r"\\text\s?\{\s?(?:percent|percentage|pct|%|\\%)\s?\}|\\?%|\b(?:percent(?:age)?|per cent|pct)\b\.?"
 )
-_MODULUS = re.compile(r"\\pmod\s?\{[^{}]{0,80}\}|\(\s?(?:\\bmod|\\mod|\\text\{mod\}|mod)\b[^()]{0,80}\)")
+_MODULUS = re.compile(r"\\pmod\s?(?:\{[^{}]{0,80}\}|\w{1,20})|\(\s?(?:\\bmod|\\mod|\\text\{mod\}|mod)\b[^()]{0,80}\)")
 _CLOCK = re.compile(r"\b(\d{1,2}):00\s?(?=(?:\\text\s?\{\s?)?[ap]\.?m\b)", re.IGNORECASE)
 _NOON = re.compile(r"\b([ap])\.m\b\.?", re.IGNORECASE)
 _TEX_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s?\\!)\s?(?=\d{3}(?!\d))")
@@ -164,9 +164,7 @@ def clean(text: str) -> str:
 
 def moduli(text: str) -> str:
     """The moduli that `clean` drops: 3 (mod 7) answers what 3 does, but not what 3 (mod 8) does."""
-    return " ".join(
-        "".join(re.findall(r"\w+", re.sub(r"\\\\?[pb]?mod", " ", found))) for found in _MODULUS.findall(text)
-    )
+    return " ".join(re.sub(r"\\text|\\?[pb]?mod|\W", "", found) for found in _MODULUS.findall(text))
 
 
 def without_thousands(text: str) -> str:
