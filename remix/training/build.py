@@ -42,6 +42,9 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
     tokenizer = load_tokenizer(recipe.model)
     train = _encoded_tasks(recipe, "train", tokenizer)
     held_out = [] if recipe.eval.benchmarks else _encoded_tasks(recipe, "test", tokenizer)
+    for task in train:
+        if task.excluded:
+            progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
     module = load_actor_critic(recipe, tokenizer, cluster.device)
     policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
