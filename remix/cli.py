@@ -248,8 +248,8 @@ def threads(environ: Mapping[str, str], processes: int) -> dict[str, str]:
 def run_in_front(command: Sequence[str], environ: Mapping[str, str]) -> int:
     """Runs a command, hands signals on to it once and to all its processes, and returns its exit code.
 
-    It has a session of its own: on Ctrl-C a terminal signals whatever it can reach, and a run that saves its state on
-    the first interrupt would be killed by the second.
+    It has a session of its own: on Ctrl-C a terminal signals whatever it can reach, and a run that closes its
+    engine and files on the first interrupt would be killed by the second.
     """
     process: subprocess.Popen[bytes] | None = None
 

@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "stopped; --resume goes on from the last checkpoint, or begins again where there is none yet",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -34,7 +34,7 @@ from remix.types import Prompt, RolloutGroup, Sampling
 
 @dataclass
 class Trainer:
-    """The parts of a run, joined; `build_trainer` makes one from a recipe."""
+    """The parts of a run, joined; `open_trainer` makes one from a recipe."""
 
     recipe: Recipe
     run_dir: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -18,32 +19,32 @@ _MATRICES = dict.fromkeys(("matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatr
 _MATRICES |= {"vmatrix": "det"}
 
 
-class Primaries(Cursor):
+class Primaries(Cursor, ABC):
     """What it takes to read brackets is defined by the parser proper."""
 
-    def listing(self) -> Node:
-        raise NotImplementedError
+    @abstractmethod
+    def listing(self) -> Node: ...
 
-    def _set_expression(self) -> Node:
-        raise NotImplementedError
+    @abstractmethod
+    def _set_expression(self) -> Node: ...
 
-    def _sum(self) -> Node:
-        raise NotImplementedError
+    @abstractmethod
+    def _sum(self) -> Node: ...
 
-    def _factor(self) -> Node:
-        raise NotImplementedError
+    @abstractmethod
+    def _factor(self) -> Node: ...
 
-    def _signed_factor(self) -> Node:
-        raise NotImplementedError
+    @abstractmethod
+    def _signed_factor(self) -> Node: ...
 
-    def _starts_factor(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _starts_factor(self) -> bool: ...
 
-    def _exponent(self) -> Node:
-        raise NotImplementedError
+    @abstractmethod
+    def _exponent(self) -> Node: ...
 
-    def _postfix(self, node: Node) -> Node:
-        raise NotImplementedError
+    @abstractmethod
+    def _postfix(self, node: Node) -> Node: ...
 
     def _primary(self) -> Node:
         self._depth += 1
