@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from remix.config import load_recipe
-    from remix.training.update import TrainingError
+    from remix.errors import TrainingError
 
     try:
         path, overrides = _request(options.words, options.resume)

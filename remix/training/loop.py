@@ -11,6 +11,7 @@ import numpy as np
 
 from remix import checkpoint
 from remix.config import MixPolicyPhase, PhaseConfig, Recipe, dump_recipe
+from remix.errors import TrainingError
 from remix.evaluation.evaluate import evaluate, training_metrics
 from remix.evaluation.exam import Exam, Question, Response, respond
 from remix.models.loading import checkpoint_weights
@@ -28,7 +29,7 @@ from remix.training.phases import ends
 from remix.training.probe import check_sync
 from remix.training.reincarnation import reincarnate
 from remix.training.state import TrainState, to_checkpoint
-from remix.training.update import TrainingError, Updater
+from remix.training.update import Updater
 from remix.types import Prompt, RolloutGroup, Sampling
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from remix.config import Recipe
+from remix.errors import TrainingError
 from remix.models.policy import Policy
-from remix.training.update import TrainingError
 from remix.types import Engine, Prompt, Request, Rollout, Sampling
 
 PROBE_TOKENS = 16

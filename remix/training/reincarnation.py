@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from remix.config import Recipe
+from remix.errors import TrainingError
 from remix.models.loading import merge_adapter
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer
 from remix.training.state import TrainState
-from remix.training.update import TrainingError, Updater
+from remix.training.update import Updater
 from remix.types import Rollout
 
 MERGE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}

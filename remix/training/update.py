@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from remix.config import OptimizerConfig, Recipe
+from remix.errors import TrainingError
 from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
 from remix.models.policy import Policy, microbatches
 from remix.tracking.token_stats import TokenStats
@@ -16,10 +17,6 @@ from remix.training.batching import collate
 from remix.training.distributed import Cluster
 from remix.training.objective import Objective
 from remix.types import Batch, LossInputs, LossOutput, Sample
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
 
 
 class Updater:

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remix.algorithms import group_relative_advantage, kl_estimate
 from remix.checkpoint import saved
+from remix.errors import TrainingError
 from remix.models.loading import ADAPTER
 from remix.tracking.stopwatch import Stopwatch
 from remix.tracking.token_stats import TokenStats
 from remix.train import main
 from remix.training.finish import finish
-from remix.training.update import TrainingError
 from tests.tiny import EMBEDDED, MIX, opened, tiny_recipe, weights_of
 from tests.training.test_degenerate import GAE, metrics_of
 
