@@ -1,8 +1,10 @@
 """The whole training state, atomically: safetensors and JSON, nothing of pickle.
 
     checkpoints/step=000040/          40 training steps are done
-      state.json                      counters, phase and lineage, clocks, replay index, versions
+      state.json                      counters, phase and lineage, clocks, replay index, recipe, versions
       tensors.safetensors             model.*, reference.*, precedent.*, optimizer.*, rng.*
+      manifest.json                   size and SHA-256 of both
+    checkpoints/latest, best          links
 
 Everything else that is random is named by (seed, step) and so needs no state: prompt order, draws from replay,
 minibatches, sampling seeds.
@@ -11,17 +13,23 @@ minibatches, sampling seeds.
 from __future__ import annotations
 
 import json
-import os
+import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from remix.durable import DamagedError, check_file, check_manifest, folder_written_whole, link
+
+FILES = "files"
+"""Of the state: files of the run directory that the checkpoint counts on, with their SHA-256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,44 +42,80 @@ class Checkpoint:
     """By section (model, reference, optimizer, ...), then by name."""
 
 
-def save(run_dir: Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Writes beside, then renames: a checkpoint is there whole or not at all. Keeps the newest `keep`."""
+def save(run_dir: Path, step: int, checkpoint: Checkpoint, *, keep: int, best: bool = False) -> Path:
+    """Writes beside, then renames: a checkpoint is there whole or not at all.
+
+    Keeps the newest `keep`, and the last one that was saved as the `best`.
+    """
     folder = run_dir / "checkpoints" / f"step={step:06d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_file(_flat(checkpoint.tensors), temporary / "tensors.safetensors")
-    except SafetensorError as error:
-        raise OSError(f"{temporary}: {error}") from error
-    (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
-    for file in temporary.iterdir():
-        _sync(file)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
-    _sync(folder.parent)
+    with folder_written_whole(folder, manifest=True) as temporary:
+        save_tensors(temporary / "tensors.safetensors", checkpoint.tensors)
+        (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
+    link(folder.with_name("latest"), folder.name)
+    if best:
+        link(folder.with_name("best"), folder.name)
+    kept = {folder.with_name("best").resolve()}
     for old in saved(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        if old.resolve() not in kept:
+            shutil.rmtree(old)
     return folder
 
 
 def saved(run_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path.parent for path in (run_dir / "checkpoints").glob("step=*/state.json"))
+    """Checkpoints, oldest first. Whether they are whole is seen when they are loaded."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step=*") if path.is_dir())
 
 
-def load_latest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None where there is none yet."""
+def load_newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint, None where there is none at all.
+
+    Damaged ones are passed over with a warning that names them. Raises ValueError where all are.
+    """
     folders = saved(run_dir)
-    if not folders:
-        return None
-    state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(folders[-1] / "tensors.safetensors").items():
-        section, _, rest = name.partition(".")
-        tensors.setdefault(section, {})[rest] = tensor
+    for folder in reversed(folders):
+        try:
+            return load(folder)
+        except DamagedError as error:
+            warn(f"checkpoint {folder} is passed over: {error}")
+    if folders:
+        raise ValueError(
+            f"no checkpoint of {run_dir} is whole, see the warnings: put one back from a copy, or remove "
+            f"{run_dir / 'checkpoints'} to begin again from step 0"
+        )
+    return None
+
+
+def set_aside(run_dir: Path, beyond: int) -> None:
+    """Renames damaged checkpoints of later steps than a run goes on from, so that they count as none of the newest."""
+    for folder in saved(run_dir):
+        if int(folder.name.removeprefix("step=")) > beyond:
+            folder.replace(folder.with_name(f"damaged.{folder.name}"))
+
+
+def load(folder: Path) -> Checkpoint:
+    """Raises DamagedError where the folder, or a file that it counts on, is not what was written."""
+    check_manifest(folder)
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        for name, digest in state.get(FILES, {}).items():
+            check_file(folder.parent.parent / name, digest)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_file(folder / "tensors.safetensors").items():
+            section, _, rest = name.partition(".")
+            tensors.setdefault(section, {})[rest] = tensor
+    except DamagedError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedError(f"it is not readable ({error})") from error
     return Checkpoint(state, tensors)
+
+
+def save_tensors(path: Path, sections: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """One safetensors file, names `section.name`. Raises OSError."""
+    try:
+        save_file(_flat(sections), path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -93,8 +137,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 
 def rng_tensors() -> dict[str, Tensor]:
-    """torch's generators: what dropout draws from."""
-    states = {"cpu": torch.get_rng_state()}
+    """This process's random generators: torch's, which dropout draws from, numpy's and Python's."""
+    version, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=False)
+    states = {
+        "cpu": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*legacy["state"]["key"].tolist(), legacy["state"]["pos"], legacy["has_gauss"]]),
+        "numpy_gauss": torch.tensor([legacy["gauss"]], dtype=torch.float64),
+    }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -104,6 +156,11 @@ def load_rng(tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+    version, *words = tensors["python"].tolist()
+    random.setstate((version, tuple(words), next(iter(tensors["python_gauss"].tolist()), None)))
+    *key, position, has_gauss = tensors["numpy"].tolist()
+    numpy_state: tuple[Any, ...] = ("MT19937", key, position, has_gauss, tensors["numpy_gauss"].item())
+    np.random.set_state(numpy_state)
 
 
 def _flat(sections: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -117,11 +174,3 @@ def _flat(sections: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
             flat[f"{section}.{name}"] = plain.clone() if memory in taken else plain
             taken.add(memory)
     return flat
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from remix.evaluation import command as evaluation
+from remix.training.resume import add_resume_options
 
 # Nothing heavy up here: `remix --help` answers at once.
 
@@ -23,8 +25,9 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_THREADS = 8
 SAVING_SECONDS = 60.0
 ACCELERATE_LAUNCH = (
-    # On Ctrl-C the launcher would die with a stack trace; its trainer, which hears it too, decides what to do.
-    "import signal; signal.signal(signal.SIGINT, lambda *_: None); from accelerate.commands.launch import main; main()"
+    # The launcher would die of a signal, with a stack trace; its trainers, which hear it too, decide what to do.
+    "import signal; signal.signal(signal.SIGINT, lambda *_: None); signal.signal(signal.SIGTERM, lambda *_: None); "
+    "from accelerate.commands.launch import main; main()"
 )
 
 
@@ -70,13 +73,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        usage=f"remix train [--config_file FILE] [--resume RUN_DIR] {WORDS}",
+        usage=f"remix train [--config_file FILE] [--resume RUN_DIR|auto] [--allow-changed] {WORDS}",
         help="run a recipe",
         description="Runs a recipe under `accelerate launch`.",
     )
     train.set_defaults(command=_train)
     train.add_argument("--config_file", metavar="FILE", help="accelerate configuration, see recipes/accelerate/")
-    train.add_argument("--resume", metavar="RUN_DIR", help="go on from its last checkpoint; RECIPE may be left out")
+    add_resume_options(train)
 
     evaluate = commands.add_parser(
         "eval",
@@ -188,18 +191,21 @@ def _grade(args: argparse.Namespace, *_: Any) -> int:
 def _train(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]) -> int:
     from remix.config import load_recipe
     from remix.training.plan import make_plan
+    from remix.training.resume import EXIT_FILE, resolve
 
-    if recipe is None:
-        if args.resume is None:
-            raise ValueError("name a recipe, or a run to go on with: remix train --resume RUN_DIR")
-        recipe = str(Path(args.resume) / "recipe.yaml")
-    processes = _processes(args.config_file)
-    # Here rather than only in the launched process, so that a mistake is one line and takes no seconds.
-    make_plan(load_recipe(recipe, overrides), processes)
-    command = [*_launcher(args.config_file), "-m", "remix.train", recipe, *overrides]
-    if args.resume is not None:
-        command += ["--resume", args.resume]
-    return run_in_front(command, {**os.environ, **threads(os.environ, processes)})
+    # Here rather than only in the launched process, so that a mistake is one line and takes no seconds, and so that
+    # all processes go on with the same run.
+    path, words, resume = resolve([*([] if recipe is None else [recipe]), *overrides], args.resume)
+    checked, processes = load_recipe(path, words), _processes(args.config_file)
+    make_plan(checked, processes)
+    command = [*_launcher(args.config_file), "-m", "remix.train", path, *overrides]
+    command += ["--resume", checked.run_dir] if resume else []
+    command += ["--allow-changed"] if args.allow_changed else []
+    with tempfile.TemporaryDirectory() as folder:
+        exit_file = Path(folder) / "status"
+        environ = {**os.environ, **threads(os.environ, processes), EXIT_FILE: str(exit_file)}
+        status = run_in_front(command, environ)
+        return int(exit_file.read_text(encoding="utf-8")) if exit_file.exists() else status
 
 
 def _processes(config_file: str | None) -> int:

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
+
+
+class Interrupted(BaseException):
+    """Somebody asked the run to stop. Like KeyboardInterrupt no Exception, so that nothing takes it for a failure."""

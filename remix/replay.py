@@ -7,7 +7,6 @@ from which a resumed run takes its replay back.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from remix.durable import written_whole
 from remix.types import Prompt, Rollout, RolloutGroup, Score
 
 LagDistribution = Literal["uniform", "geometric", "age"]
@@ -123,12 +123,15 @@ def write_shard(path: Path, step: int, kept: Sequence[RolloutGroup], dropped: Se
         for sample, rollout in enumerate(group.rollouts)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with written_whole(path) as file:  # and on the disk: a checkpoint will count on it
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())  # a checkpoint will count on it
-    temporary.replace(path)
+
+
+def remove_shards(run_dir: Path, from_step: int) -> None:
+    """Takes away what lies beyond the step that a run goes on from, and what a kill left half-written."""
+    for path in shard_path(run_dir, 0).parent.glob("step=*.parquet*"):
+        if path.suffix == ".tmp" or int(path.stem.removeprefix("step=")) >= from_step:
+            path.unlink()
 
 
 def read_shard(path: Path) -> list[RolloutGroup]:

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remix.training.resume import EXIT_FILE, add_resume_options, resolve
+
 if TYPE_CHECKING:
     from remix.config import Recipe
+    from remix.training.interruption import Interruption
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 training stopped on an error, 2 the request itself is wrong, 130 interrupted."""
+    """Exit status: 0 done, 1 training stopped on an error, 2 the request itself is wrong, 75 interrupted by SIGTERM or
+    Ctrl-C and saved, 130 interrupted a second time and not saved. After 1, 75 and 130 the run goes on with --resume."""
     parser = argparse.ArgumentParser(prog="remix.train", description="Trains a recipe.")
     parser.add_argument(
         "words",
@@ -22,31 +26,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="RECIPE key=value",
         help="a YAML file (with --resume the run's own, unless named) and dotted recipe keys, for example seed=1",
     )
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted run, in place")
+    add_resume_options(parser)
     options = parser.parse_intermixed_args(arguments)
     # Spinning OpenMP threads on shared cores cost more than they give; torch reads these when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from remix.config import load_recipe
-    from remix.errors import TrainingError
+    status = _run(options)
+    # accelerate's launchers end with a status of their own, whatever that of the run was.
+    if EXIT_FILE in os.environ and os.environ.get("RANK", "0") == "0":
+        Path(os.environ[EXIT_FILE]).write_text(str(status), encoding="utf-8")
+    return status
 
+
+def _run(options: argparse.Namespace) -> int:
+    from remix.config import load_recipe
+    from remix.errors import Interrupted, TrainingError
+    from remix.training.interruption import EXIT_FAILED, EXIT_INTERRUPTED, Interruption
+
+    recipe = None
     try:
-        path, overrides = _request(options.words, options.resume)
-        recipe = load_recipe(path, overrides)
-        run(recipe, path, resume=options.resume is not None)
+        with Interruption() as interruption:
+            path, overrides, resume = resolve(options.words, options.resume)
+            recipe = load_recipe(path, overrides)
+            interruption.grace = recipe.faults.grace
+            run(recipe, path, resume=resume, allow_changed=options.allow_changed, interruption=interruption)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_FAILED
     except OSError as error:
         print(
             f"error: {error}. What was written before is whole: free space or mend the path, then go on with "
-            f"--resume {recipe.run_dir}",
+            f"--resume {recipe.run_dir if recipe else options.resume}",
             file=sys.stderr,
         )
-        return 1
+        return EXIT_FAILED
+    except Interrupted:
+        print(f"interrupted; --resume {recipe.run_dir if recipe else 'auto'} goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print(
             "stopped; --resume goes on from the last checkpoint, or begins again where there is none yet",
@@ -56,11 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(recipe: Recipe, recipe_path: str = "recipe.yaml", *, resume: bool = False) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    recipe_path: str = "recipe.yaml",
+    *,
+    resume: bool = False,
+    allow_changed: bool = False,
+    interruption: Interruption | None = None,
+) -> dict[str, Any]:
     """Trains a recipe to its last step, writes final/ and result.json into its run directory, returns the result.
 
-    `recipe_path` names the recipe in what is written. Raises ValueError for a request that cannot be met and
-    TrainingError for training that cannot go on.
+    `recipe_path` names the recipe in what is written; `allow_changed` lets a resumed run differ from the one that was
+    begun. Raises ValueError for a request that cannot be met, TrainingError for training that cannot go on, and
+    Interrupted after a signal, if an `interruption` listens for one.
     """
     from rich.console import Console
 
@@ -75,9 +102,12 @@ def run(recipe: Recipe, recipe_path: str = "recipe.yaml", *, resume: bool = Fals
     make_plan(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     _check_run_dir(Path(recipe.run_dir), resume=resume)
     quiet()
-    cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir))
+    cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir), rank_timeout=recipe.faults.rank_timeout)
+    if interruption is not None:
+        interruption.missing = cluster.missing
+    options: dict[str, Any] = {"resume": resume, "allow_changed": allow_changed, "interruption": interruption}
     progress = Progress(Path(recipe_path).stem, recipe.run_dir, recipe.last_step, enabled=cluster.is_main)
-    with progress, open_trainer(recipe, cluster, progress, resume=resume) as trainer:
+    with progress, open_trainer(recipe, cluster, progress, **options) as trainer:
         if trainer.state.step >= recipe.last_step:
             progress.message(f"all {recipe.last_step} steps are done: set max_steps or steps higher to go on")
         trainer.fit()
@@ -85,21 +115,6 @@ def run(recipe: Recipe, recipe_path: str = "recipe.yaml", *, resume: bool = Fals
     if cluster.is_main:
         Console().print(before_after_table(result))
     return result
-
-
-def _request(words: list[str], resume: str | None) -> tuple[str, list[str]]:
-    """The recipe file and its overrides. A resumed run stays in its directory."""
-    recipes, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
-    if len(recipes) > 1:
-        raise ValueError(f"one recipe at a time, not {' and '.join(recipes)}; overrides are written key=value")
-    if resume is None:
-        if not recipes:
-            raise ValueError("name a recipe, for example recipes/embedded/remix_grpo.yaml")
-        return recipes[0], overrides
-    own = Path(resume) / "recipe.yaml"
-    if not own.exists():
-        raise ValueError(f"--resume {resume}: no run there (recipe.yaml is missing)")
-    return (recipes or [str(own)])[0], [*overrides, f"run_dir={resume}"]
 
 
 def _check_run_dir(run_dir: Path, *, resume: bool) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from remix import checkpoint
-from remix.checkpoint import Checkpoint, load_latest, load_optimizer, load_rng, optimizer_tensors, rng_tensors, save
+from remix import checkpoint, durable
+from remix.checkpoint import Checkpoint, load_newest, load_optimizer, load_rng, optimizer_tensors, rng_tensors, save
 
 
 def network() -> nn.Module:
@@ -49,6 +51,15 @@ def simple(step: int, **tensors: Tensor) -> Checkpoint:
     return Checkpoint({"step": step}, {"model": tensors or {"w": torch.full((2,), float(step))}})
 
 
+def newest(run_dir: Path) -> Checkpoint | None:
+    """Loaded without a warning."""
+    return load_newest(run_dir, pytest.fail)
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [int(path.name.removeprefix("step=")) for path in checkpoint.saved(run_dir)]
+
+
 def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     module = network()
     optimizer = optimizer_of(module)
@@ -59,7 +70,7 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     resumed = network()
     other = optimizer_of(resumed)
     train(resumed, other, 1)  # moments, weights and generator elsewhere than at the start
-    loaded = load_latest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded is not None
     assert loaded.state == {"step": 3}
     with torch.no_grad():
@@ -105,7 +116,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path: Path) -> None:
         "a.name.with.dots": torch.zeros(0, 4),
     }
     save(tmp_path, 1, Checkpoint({"x": [0.1, None, "é"]}, {"model": odd, "reference": {"w": torch.ones(1)}}), keep=1)
-    loaded = load_latest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded is not None
     assert loaded.state == {"x": [0.1, None, "é"]}
     assert loaded.tensors.keys() == {"model", "reference"}
@@ -120,7 +131,7 @@ def test_tensors_that_share_memory_are_saved_each(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     sections = {"precedent": {"w": shared}, "next_precedent": {"w": shared}, "model": {"half": shared[:3]}}
     save(tmp_path, 1, Checkpoint({}, sections), keep=1)
-    loaded = load_latest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded is not None
     assert (
         loaded.tensors["precedent"]["w"].tolist()
@@ -136,7 +147,7 @@ def test_only_safetensors_and_json(tmp_path: Path) -> None:
     train(module, optimizer, 1)
     folder = save(tmp_path, 40, taken(module, optimizer, step=40), keep=1)
     assert folder == tmp_path / "checkpoints" / "step=000040"
-    assert {file.name for file in folder.iterdir()} == {"state.json", "tensors.safetensors"}
+    assert {file.name for file in folder.iterdir()} == {"state.json", "tensors.safetensors", "manifest.json"}
     assert json.loads((folder / "state.json").read_text()) == {"step": 40}
     assert "optimizer.0.exp_avg" in load_file(folder / "tensors.safetensors")
     # What pickle writes begins with its protocol, zipped or not.
@@ -148,8 +159,10 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         save(tmp_path, step, simple(step), keep=2)
     # After 2 and 10 both stay; 9 comes between and pushes out 2; 100 pushes out 9.
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["step=000010", "step=000100"]
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step=000010", "step=000100"]
-    loaded = load_latest(tmp_path)
+    names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["latest", "step=000010", "step=000100"]
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step=000100"
+    loaded = newest(tmp_path)
     assert loaded is not None
     assert loaded.state["step"] == 100
 
@@ -157,53 +170,124 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 5, simple(5, w=torch.zeros(2)), keep=3)
     save(tmp_path, 5, simple(5, w=torch.ones(2)), keep=3)
-    loaded = load_latest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded is not None
     assert loaded.tensors["model"]["w"].tolist() == [1, 1]
 
 
 def test_none_yet(tmp_path: Path) -> None:
-    assert load_latest(tmp_path) is None
+    assert newest(tmp_path) is None
     assert checkpoint.saved(tmp_path) == []
 
 
-@pytest.mark.parametrize("fails_in", ["save_file", "_sync"])
+@pytest.mark.parametrize("fails_in", ["save_file", "sync"])
 def test_a_crash_in_between_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_in: str) -> None:
     save(tmp_path, 1, simple(1), keep=1)
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, fails_in, fail)
+    monkeypatch.setattr(checkpoint if fails_in == "save_file" else durable, fails_in, fail)
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path, 2, simple(2), keep=1)
     monkeypatch.undo()
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["step=000001"]
-    loaded = load_latest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded is not None
     assert loaded.tensors["model"]["w"].tolist() == [1, 1]
     # The next attempt is not in the way of the first.
     save(tmp_path, 2, simple(2), keep=1)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=000002"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step=000002", "latest"}
 
 
-def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, simple(step), keep=1, best=step in (1, 2))
+    assert steps_of(tmp_path) == [2, 4]
+    links = {name: (tmp_path / "checkpoints" / name).resolve().name for name in ("latest", "best")}
+    assert links == {"latest": "step=000004", "best": "step=000002"}
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+DAMAGES = {
+    "bit of the weights": (lambda folder: flip(folder / "tensors.safetensors"), "SHA-256 differs"),
+    "bit of the state": (lambda folder: flip(folder / "state.json"), "state.json has changed"),
+    "bit of the manifest": (lambda folder: flip(folder / "manifest.json"), ""),
+    "end of the weights": (lambda folder: truncate(folder / "tensors.safetensors"), "bytes, not the"),
+    "the weights": (lambda folder: (folder / "tensors.safetensors").unlink(), "tensors.safetensors is missing"),
+    "the manifest": (lambda folder: (folder / "manifest.json").unlink(), "not written to its end"),
+    "a rollout shard": (lambda folder: flip(folder.parents[1] / "rollouts" / "x.parquet"), "x.parquet has changed"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path: Path, damage: str) -> None:
+    shard = tmp_path / "rollouts" / "x.parquet"
+    shard.parent.mkdir()
+    shard.write_bytes(b"rollouts")
     save(tmp_path, 1, simple(1), keep=2)
-    half = tmp_path / "checkpoints" / "step=000009"
-    half.mkdir()
-    (half / "tensors.safetensors").write_bytes(b"cut")
+    counts_on = {checkpoint.FILES: {"rollouts/x.parquet": durable.sha256(shard)}}
+    folder = save(tmp_path, 9, Checkpoint({"step": 9, **counts_on}, simple(9).tensors), keep=2)
+    assert newest(tmp_path).state["step"] == 9  # type: ignore[union-attr]
+    harm, says = DAMAGES[damage]
+    harm(folder)
+    warnings: list[str] = []
+    loaded = load_newest(tmp_path, warnings.append)
+    assert loaded is not None
+    assert loaded.state == {"step": 1}
+    (warning,) = warnings
+    assert str(folder) in warning
+    assert says in warning
+    # Where it is out of the way, it pushes no whole one out.
+    checkpoint.set_aside(tmp_path, beyond=1)
+    save(tmp_path, 2, simple(2), keep=1)
+    assert steps_of(tmp_path) == [2]
+    assert (tmp_path / "checkpoints" / "damaged.step=000009").is_dir()
+
+
+def test_nothing_whole_is_an_error_and_not_a_new_beginning(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1, simple(1), keep=2)
+    flip(folder / "tensors.safetensors")
+    warnings: list[str] = []
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole"):
+        load_newest(tmp_path, warnings.append)
+    assert len(warnings) == 1
+
+
+def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1, simple(1), keep=2)
     hidden = tmp_path / "checkpoints" / ".step=000010.tmp"
     hidden.mkdir()
     (hidden / "state.json").write_text("{}")
-    loaded = load_latest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded is not None
     assert loaded.state == {"step": 1}
+    save(tmp_path, 10, simple(10), keep=2)
+    assert not hidden.exists()
+
+
+def test_every_generator_goes_on_where_it_was() -> None:
+    random.gauss(0, 1), np.random.standard_normal()  # both keep a second number back
+    saved = {name: tensor.clone() for name, tensor in rng_tensors().items()}
+    drawn = [(random.gauss(0, 1), np.random.standard_normal(), torch.rand(1).item()) for _ in range(3)]
+    load_rng(saved)
+    assert [(random.gauss(0, 1), np.random.standard_normal(), torch.rand(1).item()) for _ in range(3)] == drawn
 
 
 def test_what_is_loaded_is_a_copy(tmp_path: Path) -> None:
     weight = torch.ones(3)
     folder = save(tmp_path, 1, simple(1, w=weight), keep=1)
-    loaded = load_latest(tmp_path)
+    loaded = newest(tmp_path)
     assert loaded is not None
     loaded.tensors["model"]["w"].zero_()
     assert weight.tolist() == [1, 1, 1]

@@ -80,9 +80,10 @@ def test_version_and_no_command() -> None:
         (["plan", str(RECIPE), "btch.prompts=3"], "unknown key 'btch'; did you mean 'batch'"),
         (["plan", str(RECIPE), "--processes", "0"], "--processes must be a whole number from 1, not 0"),
         (["plan", str(RECIPE), "batch.tokens_per_microbatch=100"], "cannot hold one longest sequence of 8958"),
-        (["train"], "name a recipe, or a run to go on with"),
+        (["train"], "or a run to go on with: --resume RUN_DIR"),
         (["train", str(RECIPE), "rollout.max_tokens=x"], "rollout.max_tokens: "),
-        (["train", "--resume", "/no/such/run"], "/no/such/run/recipe.yaml: no such recipe"),
+        (["train", "--resume", "/no/such/run"], "--resume /no/such/run: no run there"),
+        (["train", "--resume", "auto"], "--resume auto needs the recipe"),
         (["train", str(RECIPE), "--config_file", "nope.yaml"], "--config_file nope.yaml: no such file"),
     ],
 )
@@ -128,11 +129,14 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_train_launches_the_trainer(beside_fake_trainer: Path) -> None:
-    args = ["train", str(RECIPE), "steps=200", "--resume", "runs/x", "seed=3"]
+    run_dir = beside_fake_trainer / "runs" / "x"
+    run_dir.mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(RECIPE.read_text())
+    args = ["train", str(RECIPE), "steps=200", "--resume", "runs/x", "seed=3", "--allow-changed"]
     done = remix(*args, cwd=beside_fake_trainer, env=ONE_THREAD)
     assert (done.returncode, done.stderr) == (0, "")
     called = json.loads(done.stdout)
-    assert called.pop("args") == [str(RECIPE), "steps=200", "seed=3", "--resume", "runs/x"]
+    assert called.pop("args") == [str(RECIPE), "steps=200", "seed=3", "--resume", "runs/x", "--allow-changed"]
     assert called == {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}
 
 

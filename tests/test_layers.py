@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "remix"
 FLOORS = {
     "remix.types": 0,
     "remix.errors": 0,
+    "remix.durable": 1,
     "remix.algorithms": 1,
     "remix.config": 2,
     "remix.replay": 2,

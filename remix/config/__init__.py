@@ -25,6 +25,7 @@ from remix.config.algorithm import (
     Trigger,
 )
 from remix.config.block import Block, nearest
+from remix.config.compare import changed_keys
 from remix.config.data import (
     ArithmeticTask,
     ExactMatchReward,
@@ -41,7 +42,7 @@ from remix.config.data import (
 from remix.config.model import LoraAdapter, ModelConfig, ModelSize, NoAdapter, SeparateCritic, SharedCritic
 from remix.config.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
 from remix.config.rollout import BatchConfig, HFEngineConfig, RefillConfig, RolloutConfig, VLLMEngineConfig
-from remix.config.run import CheckpointConfig, EvalConfig, LogConfig, OptimizerConfig
+from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
 
 __all__ = [
     "AdvantageConfig",
@@ -52,6 +53,7 @@ __all__ = [
     "DrGRPOAdvantage",
     "EvalConfig",
     "ExactMatchReward",
+    "FaultConfig",
     "FormatReward",
     "GAEAdvantage",
     "GRPOAdvantage",
@@ -91,6 +93,7 @@ __all__ = [
     "TaskConfig",
     "Trigger",
     "VLLMEngineConfig",
+    "changed_keys",
     "dump_recipe",
     "load_recipe",
     "nearest",

@@ -25,7 +25,7 @@ from remix.config.block import Block, nearest
 from remix.config.data import LengthReward, PromptConfig, RewardConfig, TaskConfig
 from remix.config.model import LoraAdapter, ModelConfig, NoAdapter, SeparateCritic, SharedCritic
 from remix.config.rollout import BatchConfig, RolloutConfig
-from remix.config.run import CheckpointConfig, EvalConfig, LogConfig, OptimizerConfig
+from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
 
 
 class Recipe(Block):
@@ -50,6 +50,7 @@ class Recipe(Block):
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
     log: LogConfig = LogConfig()
 
     @property

@@ -47,6 +47,24 @@ class CheckpointConfig(Block):
     every: NonNegativeInt = 20
     """Training steps; 0 = at the end only."""
     keep: PositiveInt = 2
+    """The newest so many stay, and the best."""
+    best: str | None = "eval/pass@1"
+    """The metric by which one is the best; a step that improves on it is saved. null: none is kept for being best."""
+    best_is: Literal["highest", "lowest"] = "highest"
+
+
+class FaultConfig(Block):
+    """What a run puts up with before it stops."""
+
+    skipped_updates: NonNegativeInt = 3
+    """Optimiser steps in a row that are skipped because loss or gradient is not finite; one more ends the run."""
+    unscored: Fraction = 0.5
+    """Share of a step's responses that the rewards may fail to score; a larger one ends the run."""
+    rank_timeout: PositiveFloat = 600.0
+    """Seconds that processes wait for one of them that has died or hangs."""
+    grace: PositiveFloat = 25.0
+    """Seconds from SIGTERM or Ctrl-C to the exit. What is not saved by then is sampled again when the run goes on.
+    torchrun kills its processes after 30."""
 
 
 class LogConfig(Block):

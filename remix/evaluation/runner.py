@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from remix.durable import write_json, written_whole
 from remix.evaluation.benchmarks import Benchmark, Problems, load_benchmarks, load_problems
 from remix.evaluation.build import Chat, benchmark_exam, check_context
 from remix.evaluation.evaluate import evaluate, problem_rows
@@ -26,7 +27,6 @@ from remix.evaluation.subject import Dtype, EngineName, Subject, find_subject
 from remix.evaluation.summary import markdown, scores
 from remix.rewards import GraderPool
 from remix.tracking.countdown import Countdown
-from remix.tracking.run_log import write_json, written_whole
 
 BATCH_SIZE: dict[EngineName, int] = {"hf": 64, "vllm": 512}
 """Of a chunk, where none is asked for. vLLM fills its batches by itself, so it takes what is worth losing to a kill."""

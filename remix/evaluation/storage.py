@@ -8,19 +8,18 @@ summary.json  summary.md                the scores, and all that is needed to ha
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from remix.durable import locked, write_json, written_whole
 from remix.evaluation.exam import Response
-from remix.tracking.run_log import write_json, written_whole
 
 RUN, GENERATIONS, LOCK = "run.json", "generations", ".lock"
 LISTED = 12
@@ -51,7 +50,10 @@ class Store:
         self._identity = json.loads(json.dumps(identity))
         check_free(folder, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(folder)
+        lock = locked(folder / LOCK)
+        if lock is None:
+            raise ValueError(f"--out {folder}: another process is writing there; wait for it, or name another")
+        self._lock = lock
         try:
             self._check_same()
         except BaseException:
@@ -119,17 +121,6 @@ def check_free(folder: Path, *, resume: bool) -> None:
         raise ValueError(f"--out {folder}: not empty, and what it holds is no evaluation; name another folder")
     if not resume:
         raise ValueError(f"--out {folder} already holds an evaluation: add --resume to go on with it, or name another")
-
-
-def _locked(folder: Path) -> IO[str]:
-    """The kernel lets go of the lock when the process ends, however it does."""
-    lock = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ValueError(f"--out {folder}: another process is writing there; wait for it, or name another") from None
-    return lock
 
 
 def _storable(value: Any) -> Any:

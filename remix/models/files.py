@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from remix.durable import sha256
+
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 ADAPTER_FILES = ("adapter_*.json", "adapter_*.safetensors")
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*")
@@ -45,7 +47,6 @@ def fingerprint(folder: Path, patterns: Iterable[str]) -> dict[str, Any]:
     names = sorted(file.relative_to(folder).as_posix() for file in found)
     files = {}
     for name in names:
-        with (folder / name).open("rb") as file:
-            files[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        files[name] = sha256(folder / name)
     listing = "".join(f"{digest}  {name}\n" for name, digest in files.items())
     return {"sha256": hashlib.sha256(listing.encode()).hexdigest(), "files": files}

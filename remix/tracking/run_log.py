@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from remix.durable import write_text
 from remix.types import RolloutGroup
 
 
 class RunLog:
-    """Lines of JSON, flushed as they are written. `from_step` cuts off what lies beyond the step resumed from."""
+    """Lines of JSON, on the disk as they are written. `from_step` cuts off what lies beyond the step resumed from."""
 
     def __init__(self, run_dir: Path, *, from_step: int = 0, enabled: bool = True) -> None:
         """`enabled` is False on every process but the first: one run, one log."""
@@ -50,23 +50,8 @@ class RunLog:
         if self.enabled:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears under its name when all of it is on the disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """The file appears whole or not at all."""
-    with written_whole(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint will count on them
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -83,6 +68,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _keep_before(path: Path, step: int) -> None:
     rows = [row for row in _read(path) if row["step"] < step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -6,38 +6,57 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
+from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
 from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
-from remix.replay import ReplayBuffer
+from remix.replay import ReplayBuffer, remove_shards
 from remix.rewards import RewardSuite
 from remix.rollout.sample import Sampler
 from remix.tasks import PromptStream, Split, TaskSet, encode, load_tasks
 from remix.tracking.progress import Progress
-from remix.tracking.run_log import RunLog
+from remix.tracking.run_log import RunLog, read_metrics
 from remix.training.distributed import Cluster
 from remix.training.exams import build_exams
 from remix.training.experience import Experience
+from remix.training.interruption import Interruption
 from remix.training.loop import Trainer
 from remix.training.objective import Objective
-from remix.training.state import TrainState, check_same_recipe, from_checkpoint
+from remix.training.state import (
+    TrainState,
+    check_identity,
+    from_checkpoint,
+    moved_on,
+    recipe_changes,
+    run_identity,
+)
 from remix.training.update import Updater
 from remix.types import Engine
 
 
 @contextmanager
-def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume: bool) -> Iterator[Trainer]:
-    """A trainer ready to `fit`, from the newest checkpoint where there is one to resume from.
+def open_trainer(
+    recipe: Recipe,
+    cluster: Cluster,
+    progress: Progress,
+    *,
+    resume: bool,
+    allow_changed: bool = False,
+    interruption: Interruption | None = None,
+) -> Iterator[Trainer]:
+    """A trainer ready to `fit`, from the newest whole checkpoint where there is one to resume from.
 
-    Closes what it opened. Raises ValueError for whatever the recipe asks that cannot be had.
+    `allow_changed`: go on although the recipe is not the one that the run was begun with. Closes what it opened.
+    Raises ValueError for whatever the recipe asks that cannot be had.
     """
     run_dir = Path(recipe.run_dir)
+    cluster.check_alike("the recipe", dump_recipe(recipe))
     torch.manual_seed(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
     tokenizer = load_tokenizer(recipe.model)
     train = _encoded_tasks(recipe, "train", tokenizer)
@@ -49,25 +68,41 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
     policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
-    saved = checkpoint.load_latest(run_dir) if resume else None
-    if saved is not None:
-        check_same_recipe(saved, recipe)
-        state = from_checkpoint(saved, policy, updater, replay, run_dir)
-        progress.step, progress.base_pass_at_1 = state.step, state.base_pass_at_1
-    else:
-        state = TrainState()
-        policy.reference = policy.snapshot() if recipe.kl.weight else None
+    identity = run_identity(policy, train)
 
     with ExitStack() as stack:
         stack.callback(cluster.close)  # last: an engine may still need the process group to close
+        if cluster.is_main:
+            stack.callback(lock_run(run_dir).close)
+        saved = checkpoint.load_newest(run_dir, progress.message) if resume else None
+        if saved is None:
+            state = TrainState()
+            policy.reference = policy.snapshot() if recipe.kl.weight else None
+        else:
+            changes = recipe_changes(saved, recipe)
+            if changes and not allow_changed:
+                raise ValueError(
+                    f"the recipe is not the one that the run was begun with: {'; '.join(changes)}. "
+                    "Put them back, or add --allow-changed to go on all the same"
+                )
+            check_identity(saved, identity)
+            state = from_checkpoint(saved, policy, updater, replay, run_dir, rank=cluster.rank)
+            state.changes += [f"step {state.step}: {change}" for change in changes]
+            progress.step, progress.base_pass_at_1 = state.step, state.base_pass_at_1
+            for change in [*changes, *moved_on(saved, cluster.world_size)]:
+                progress.message(f"resumed at step {state.step}, no longer exactly the run it was: {change}")
+        cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         exams = build_exams(recipe, tokenizer, held_out, rewards, stack)
         engine = build_engine(recipe, policy, exams)
         stack.callback(engine.close)
-        log = RunLog(run_dir, from_step=state.step, enabled=cluster.is_main)
+        # A step that was interrupted in its evaluation is still to be logged.
+        log = RunLog(run_dir, from_step=state.step - (state.unlogged is not None), enabled=cluster.is_main)
         if cluster.is_main:
-            (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        cluster.start_trackers(recipe.model_dump(mode="json"))
+            remove_shards(run_dir, from_step=state.step)
+            checkpoint.set_aside(run_dir, beyond=state.step)
+            write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+        cluster.start_trackers(recipe.model_dump(mode="json"), read_metrics(run_dir) if cluster.is_main else [])
         yield Trainer(
             recipe=recipe,
             run_dir=run_dir,
@@ -82,7 +117,20 @@ def open_trainer(recipe: Recipe, cluster: Cluster, progress: Progress, *, resume
             log=log,
             progress=progress,
             state=state,
+            identity=identity,
+            interruption=interruption or Interruption(),
         )
+
+
+def lock_run(run_dir: Path) -> IO[str]:
+    """Raises ValueError where another process is at this run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = locked(run_dir / ".lock")
+    if lock is None:
+        raise ValueError(
+            f"run_dir {run_dir}: another process is training there; end it first, or choose another run_dir"
+        )
+    return lock
 
 
 def _encoded_tasks(recipe: Recipe, split: Split, tokenizer: Any) -> list[TaskSet]:

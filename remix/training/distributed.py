@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store as default_store
+
+from remix.training.watchdog import Watchdog
 
 A = TypeVar("A")
 B = TypeVar("B")
+TRACKED_AS = "remix"
+"""The project's name at trackers."""
 
 
 class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
 
-    def __init__(self, trackers: Sequence[str] = (), project_dir: Path | None = None) -> None:
+    def __init__(
+        self, trackers: Sequence[str] = (), project_dir: Path | None = None, *, rank_timeout: float = 600.0
+    ) -> None:
+        """`rank_timeout`: seconds that ranks wait for one that does not come."""
+        self.project_dir = project_dir
         # Accumulation is ours, by token count; left to accelerate, an environment variable would divide gradients.
         self.accelerator = Accelerator(
             log_with=list(trackers) or None,
             project_dir=project_dir,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            # The watchdog comes first, since it knows the name of the rank that is missing.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2 * rank_timeout + 60))],
         )
         missing = set(trackers) - {str(tracker) for tracker in self.accelerator.log_with}
         if missing:
@@ -47,6 +60,10 @@ class Cluster:
                 "`use_cpu` in the accelerate configuration"
             )
 
+        self._watchdog = (
+            Watchdog(self.rank, self.world_size, default_store(), rank_timeout) if self.world_size > 1 else None
+        )
+
     @property
     def rank(self) -> int:
         return int(self.accelerator.process_index)
@@ -64,7 +81,16 @@ class Cluster:
         return self.accelerator.device  # type: ignore[no-any-return]
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+        with self.waiting("the hand-over of the model"):
+            return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+
+    def waiting(self, stage: str) -> AbstractContextManager[None]:
+        """What needs the other ranks; raises TrainingError that names the one that is gone."""
+        return nullcontext() if self._watchdog is None else self._watchdog.waiting(stage)
+
+    def missing(self) -> str | None:
+        """Which rank is gone, where this one waits for it."""
+        return None if self._watchdog is None else self._watchdog.missing()
 
     def forget(self) -> None:
         """Lets go of what was prepared before, so that a new optimiser does not find the old one beside it."""
@@ -78,20 +104,40 @@ class Cluster:
         """This rank's part of what all ranks hold."""
         return items[self.rank :: self.world_size]
 
-    def map(self, work: Callable[[Sequence[A]], Sequence[B]], items: Sequence[A]) -> list[B]:
-        """`work` over all items, each rank doing its share; every rank gets every result, in the items' order."""
+    def map(self, work: Callable[[Sequence[A]], Sequence[B]], items: Sequence[A], stage: str) -> list[B]:
+        """`work` over all items, each rank doing its share; every rank gets every result, in the items' order.
+
+        `stage` says what it is, for messages.
+        """
         mine = list(work(self.share(items)))
         if self.world_size == 1:
             return mine
-        shares: list[list[B]] = gather_object([mine])
+        shares: list[list[B]] = self.gather(mine, stage)
         results: list[Any] = [None] * len(items)
         for rank, share in enumerate(shares):
             results[rank :: self.world_size] = share
         return results
 
-    def gather(self, value: A) -> list[A]:
+    def gather(self, value: A, stage: str) -> list[A]:
         """One value of every rank."""
-        return [value] if self.world_size == 1 else gather_object([value])
+        if self.world_size == 1:
+            return [value]
+        with self.waiting(stage):
+            return gather_object([value])  # type: ignore[no-any-return]
+
+    def any(self, value: bool, stage: str) -> bool:
+        """Whether it is true on any rank."""
+        return any(self.gather(value, stage))
+
+    def check_alike(self, what: str, value: Any) -> None:
+        """Raises ValueError where ranks hold different values of what has to be the same on all."""
+        values = self.gather(value, what)
+        odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
+        if odd is not None:
+            raise ValueError(
+                f"{what} of rank {odd} is not that of rank 0 ({str(values[odd])[:200]!r}, {str(values[0])[:200]!r}): "
+                "start every machine with the same command, and let all see the same run directory"
+            )
 
     def backward(self, loss: Tensor) -> None:
         """Gradients are averaged over ranks; the loss is divided by the count of all, so it is scaled back here."""
@@ -99,11 +145,17 @@ class Cluster:
 
     def accumulate(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients in the last micro-batch of an optimiser step alone."""
-        return nullcontext() if last else self.accelerator.no_sync(module)  # type: ignore[no-any-return]
+        return self.waiting("the exchange of gradients") if last else self.accelerator.no_sync(module)
 
-    def start_trackers(self, recipe: dict[str, Any]) -> None:
+    def start_trackers(self, recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+        """`rows`: the metrics of a resumed run so far, which are shown again, so that no step is missing or double."""
+        if self.is_main and self.project_dir is not None:
+            shutil.rmtree(self.project_dir / TRACKED_AS, ignore_errors=True)  # TensorBoard's files
         flat = {key: value for key, value in recipe.items() if isinstance(value, str | int | float)}
-        self.accelerator.init_trackers("remix", config=flat)
+        self.accelerator.init_trackers(TRACKED_AS, config=flat)
+        for row in rows:
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+            self.track(numbers, row["step"])
 
     def track(self, metrics: dict[str, float], step: int) -> None:
         """To every tracker by step. TensorBoard has no choice of x-axis, so there all is drawn over rollouts too."""
@@ -112,8 +164,9 @@ class Cluster:
             if tracker.name == "tensorboard":
                 tracker.log({f"over_rollouts/{name}": value for name, value in metrics.items()}, metrics["rollouts"])
 
-    def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
+    def barrier(self, stage: str) -> None:
+        with self.waiting(stage):
+            self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
         self.accelerator.end_training()

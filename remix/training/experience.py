@@ -102,7 +102,7 @@ class Experience:
             budget = self.recipe.batch.tokens_per_microbatch
             return self.policy.score(share, tokens_per_microbatch=budget, anchor=anchor, with_values=with_values)
 
-        return self.cluster.map(work, rollouts)
+        return self.cluster.map(work, rollouts, "the log-probs of the anchors")
 
     def _trainable(self, sample: Sample) -> bool:
         rollout = sample.rollout

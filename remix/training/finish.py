@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from remix.durable import folder_written_whole, write_json
 from remix.models.loading import save_model
 from remix.tracking.model_card import model_card
-from remix.tracking.run_log import write_json
 from remix.training.loop import Trainer
 
 
@@ -27,10 +27,10 @@ def finish(trainer: Trainer, recipe_path: str) -> dict[str, Any]:
     }
     if trainer.cluster.is_main:
         trainer.progress.stage("saving the model")
-        final = trainer.run_dir / "final"
         lm, tokenizer = trainer.policy.module.lm, trainer.policy.tokenizer
-        save_model(lm, tokenizer, final, base_changed=state.base_merged)
-        (final / "README.md").write_text(model_card(recipe, result), encoding="utf-8")
+        with folder_written_whole(trainer.run_dir / "final") as final:
+            save_model(lm, tokenizer, final, base_changed=state.base_merged)
+            (final / "README.md").write_text(model_card(recipe, result), encoding="utf-8")
         write_json(trainer.run_dir / "result.json", result)
-    trainer.cluster.barrier()
+    trainer.cluster.barrier("saving the model")
     return result

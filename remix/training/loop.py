@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from remix import checkpoint
-from remix.config import MixPolicyPhase, PhaseConfig, Recipe, dump_recipe
-from remix.errors import TrainingError
+from remix.config import MixPolicyPhase, PhaseConfig, Recipe
+from remix.errors import Interrupted, TrainingError
 from remix.evaluation.evaluate import evaluate, training_metrics
 from remix.evaluation.exam import Exam, Question, Response, respond
 from remix.models.loading import checkpoint_weights
@@ -25,12 +26,16 @@ from remix.tracking.run_log import RunLog
 from remix.tracking.stopwatch import Stopwatch
 from remix.training.distributed import Cluster
 from remix.training.experience import Experience
+from remix.training.interruption import Interruption
 from remix.training.phases import ends
 from remix.training.probe import check_sync
 from remix.training.reincarnation import reincarnate
 from remix.training.state import TrainState, to_checkpoint
 from remix.training.update import Updater
 from remix.types import Prompt, RolloutGroup, Sampling
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass
@@ -50,28 +55,43 @@ class Trainer:
     log: RunLog
     progress: Progress
     state: TrainState
+    identity: Mapping[str, str]
+    """Hashes of model and data; see `run_identity`."""
+    interruption: Interruption = field(default_factory=Interruption)
 
     def fit(self) -> None:
-        """The steps that remain, with an evaluation before the first and after the last."""
+        """The steps that remain, with an evaluation before the first and after the last.
+
+        Raises Interrupted where a signal asked for it; what was done is saved then.
+        """
+        self._saved_at = self._position if self.state.step else None
+        self.interruption.begin()
         watch, started = Stopwatch(self.progress.stage), time.perf_counter() - self.state.seconds
-        self._sync(watch)
-        if self.state.base_pass_at_1 is None:
-            metrics = self._evaluate(watch)
-            self.state.base_pass_at_1 = self.state.pass_at_1
-            self.progress.update(0, metrics, self._phase.type)
-        for step in range(self.state.step, self.recipe.last_step):
-            metrics = self._step(step)
-            self.state.seconds = time.perf_counter() - started
-            self._finish(step, metrics)
+        try:
+            self._sync(watch)
+            if self.state.base_pass_at_1 is None:
+                metrics = self._evaluate(watch)
+                self.state.base_pass_at_1 = self.state.pass_at_1
+                self.progress.update(0, metrics, self._phase.type)
+            if self.state.unlogged is not None:
+                self._finish(self.state.step - 1, self.state.unlogged)
+            for step in range(self.state.step, self.recipe.last_step):
+                metrics = self._step(step)
+                self.state.seconds = time.perf_counter() - started
+                self._finish(step, metrics)
+        except Interrupted:
+            if self._position != self._saved_at:
+                self.save()
+            raise
 
     def _step(self, step: int) -> dict[str, float]:
+        """Nothing that a checkpoint holds changes before the sampling is over, so that until then it may be dropped."""
         watch = Stopwatch(self.progress.stage)
         self._enter_phase(step)
         phase, kl_lambda = self._phase, self.state.phase.lambda_at(step, self.recipe.kl.lambda_schedule)
-        self.policy.begin_step(keep_precedent=self.recipe.kl.uses_precedent)
-
         fresh, dropped = self._sample(phase, step, watch)
         replayed = self._draw(phase, step, len(fresh))
+        self.policy.begin_step(keep_precedent=self.recipe.kl.uses_precedent)
         with watch("anchors"):
             since = max(self.state.phase.reincarnations, default=0)
             fresh, samples = self.experience.prepare(
@@ -86,26 +106,52 @@ class Trainer:
             metrics |= self.updater.run(samples, step=step, passes=phase.utd_ratio, kl_lambda=kl_lambda)
         metrics |= self._sync(watch)
         self.state.step = step + 1
-        if self._due(self.recipe.eval.every):
-            metrics |= self._evaluate(watch)
         return metrics | watch.metrics()
 
     def _finish(self, step: int, metrics: dict[str, float]) -> None:
-        """Everything that is written after a step."""
+        """The evaluation that is due after a step, and everything that is written then."""
+        if self._due(self.recipe.eval.every):
+            watch, self.state.unlogged = Stopwatch(self.progress.stage), metrics
+            metrics = metrics | self._evaluate(watch) | {"time/evaluating": watch.total}
+            metrics["time/step"] += watch.total
+        self.state.unlogged = None
         self.state.phase.record(metrics)
         self.log.log(step, self._phase.type, metrics)
         self.cluster.track(metrics, step)
         self.progress.update(self.state.step, metrics, self._phase.type)
-        if self._due(self.recipe.checkpoint.every):
-            self.save()
+        best = self._is_best(metrics)
+        if best or self._due(self.recipe.checkpoint.every):
+            self.save(best=best)
+        if self.cluster.any(self.interruption.requested, "the end of the step"):
+            raise Interrupted
 
-    def save(self) -> None:
+    def save(self, *, best: bool = False) -> None:
         """A checkpoint of this moment."""
+        rng = self.cluster.gather(checkpoint.rng_tensors(), "the checkpoint")
         if self.cluster.is_main:
             self.progress.stage("saving")
-            state = to_checkpoint(self.state, self.policy, self.updater, self.replay, dump_recipe(self.recipe))
-            checkpoint.save(self.run_dir, self.state.step, state, keep=self.recipe.checkpoint.keep)
-        self.cluster.barrier()
+            parts = (self.state, self.policy, self.updater, self.replay, self.recipe)
+            whole = to_checkpoint(*parts, self.identity, rng)
+            checkpoint.save(self.run_dir, self.state.step, whole, keep=self.recipe.checkpoint.keep, best=best)
+        self.cluster.barrier("the checkpoint")
+        self._saved_at = self._position
+
+    @property
+    def _position(self) -> tuple[int, int, bool]:
+        """Where the run is, as far as a checkpoint can tell."""
+        return self.state.step, self.state.phase.index, self.state.unlogged is None
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether no step before was better by the metric of `checkpoint.best`."""
+        config = self.recipe.checkpoint
+        value = None if config.best is None else metrics.get(config.best)
+        if value is None or not np.isfinite(value):
+            return False
+        better = self.state.best is None or (
+            value > self.state.best if config.best_is == "highest" else value < self.state.best
+        )
+        self.state.best = value if better else self.state.best
+        return better
 
     @property
     def _phase(self) -> PhaseConfig:
@@ -130,15 +176,17 @@ class Trainer:
         )
         kept: list[RolloutGroup] = []
         dropped: list[RolloutGroup] = []
+        position = self.state.prompt_position
         for _ in range(1 + self.recipe.rollout.refill.max_rounds):
             if len(kept) == wanted:
                 break
             earlier = [group.prompt.id for group in (*kept, *dropped)]
-            prompts = named_apart(self.stream.take(self.state.prompt_position, wanted - len(kept)), earlier)
-            self.state.prompt_position += len(prompts)
+            prompts = named_apart(self.stream.take(position, wanted - len(kept)), earlier)
+            position += len(prompts)
             for group in self._rollouts(prompts, step, watch):
                 uniform = self.recipe.drops_uniform_groups and group.uniform
                 (dropped if uniform else kept).append(group)
+        self.state.prompt_position = position
         self.state.rollouts += self.recipe.rollout.group_size * (len(kept) + len(dropped))
         sampled = [rollout for group in (*kept, *dropped) for rollout in group.rollouts]
         if not any(rollout.sampler_logprobs.isfinite().all() for rollout in sampled):
@@ -155,7 +203,23 @@ class Trainer:
         def work(share: Sequence[Prompt]) -> list[RolloutGroup]:
             return self.sampler.sample(share, sampling, rollout.group_size, version=step, watch=watch)
 
-        return self.cluster.map(work, prompts)
+        return self._abandonable(work, prompts, "sampling")
+
+    def _abandonable(self, work: Callable[[Sequence[A]], list[B]], items: Sequence[A], stage: str) -> list[B]:
+        """`work` over all ranks, which an interruption cuts short. Raises Interrupted on all of them alike."""
+
+        def until_interrupted(share: Sequence[A]) -> Sequence[B | None]:
+            try:
+                with self.interruption.abandoning():
+                    return work(share)
+            except Interrupted:
+                return [None] * len(share)
+
+        results = self.cluster.map(until_interrupted, items, stage)
+        done = [result for result in results if result is not None]
+        if len(done) < len(items):
+            raise Interrupted
+        return done
 
     def _draw(self, phase: PhaseConfig, step: int, num_fresh: int) -> list[RolloutGroup]:
         """As many replayed groups as make up the share p beside the fresh ones that are left."""
@@ -184,7 +248,7 @@ class Trainer:
             def work(share: Sequence[Question]) -> list[Response]:
                 return respond(exam, share, self.sampler.engine, self.sampler.decode, self.recipe.seed)
 
-            return self.cluster.map(work, exam.questions)
+            return self._abandonable(work, exam.questions, "evaluating")
 
         with watch("evaluating"):
             metrics = training_metrics([evaluate(exam, responses(exam)) for exam in self.exams])

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from remix import checkpoint
 from remix.checkpoint import Checkpoint
-from remix.config import Recipe, parse_recipe
+from remix.config import Recipe, changed_keys, dump_recipe, parse_recipe
+from remix.durable import sha256
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, read_shard, shard_path
+from remix.tasks import TaskSet
 from remix.training.phases import PhaseState
 from remix.training.update import Updater
 
@@ -34,73 +40,117 @@ class TrainState:
     base_pass_at_1: float | None = None
     pass_at_1: float | None = None
     """Last evaluated."""
+    best: float | None = None
+    """Of the metric `checkpoint.best`, so far."""
+    unlogged: dict[str, float] | None = None
+    """Metrics of the last step, where the run was interrupted in the evaluation that belongs to them."""
     base_merged: bool = False
     """An adapter was folded into the base weights, which are therefore no longer the base model's."""
     phase: PhaseState = field(default_factory=PhaseState)
+    changes: list[str] = field(default_factory=list)
+    """Keys of the recipe that were changed when the run was resumed, and at which step."""
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TrainState:
         return cls(**{**plain, "phase": PhaseState(**plain["phase"])})
 
 
-def to_checkpoint(state: TrainState, policy: Policy, updater: Updater, replay: ReplayBuffer, recipe: str) -> Checkpoint:
+def to_checkpoint(
+    state: TrainState,
+    policy: Policy,
+    updater: Updater,
+    replay: ReplayBuffer,
+    recipe: Recipe,
+    identity: Mapping[str, str],
+    rng: Sequence[Mapping[str, Tensor]],
+) -> Checkpoint:
+    """`identity`: of what the run was begun with; `rng`: the random generators of every rank."""
     # What was the policy as this step began is the precedent of the next.
     anchors = {"reference": policy.reference, "precedent": policy.next_precedent}
     tensors = {
         "model": policy.weights(with_base=state.base_merged),
         "optimizer": checkpoint.optimizer_tensors(updater.optimizer),
-        "rng": checkpoint.rng_tensors(),
+        "rng": {f"{rank}.{name}": tensor for rank, states in enumerate(rng) for name, tensor in states.items()},
     }
     tensors |= {name: snapshot for name, snapshot in anchors.items() if snapshot is not None}
+    shards = [shard_path(Path(recipe.run_dir), version) for version in replay.versions]
     plain = {
         "state": asdict(state),
+        "skipped_in_a_row": updater.skipped_in_a_row,
         "replay_versions": replay.versions,
-        "recipe": recipe,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        checkpoint.FILES: {shard.relative_to(recipe.run_dir).as_posix(): sha256(shard) for shard in shards},
+        "recipe": dump_recipe(recipe),
+        # Once an adapter was folded into them, the frozen weights are in the checkpoint too.
+        "identity": {name: value for name, value in identity.items() if name != FROZEN or not state.base_merged},
+        "versions": versions(),
     }
     return Checkpoint(plain, tensors)
 
 
 def from_checkpoint(
-    saved: Checkpoint, policy: Policy, updater: Updater, replay: ReplayBuffer, run_dir: Path
+    saved: Checkpoint, policy: Policy, updater: Updater, replay: ReplayBuffer, run_dir: Path, *, rank: int
 ) -> TrainState:
     """Puts everything back in its place. Raises ValueError where the checkpoint does not fit the recipe."""
     policy.load_weights(saved.tensors["model"])
     policy.reference = _snapshot(saved, "reference")
     policy.next_precedent = _snapshot(saved, "precedent")
     checkpoint.load_optimizer(updater.optimizer, saved.tensors.get("optimizer", {}))
-    checkpoint.load_rng(saved.tensors["rng"])
+    updater.skipped_in_a_row = saved.state["skipped_in_a_row"]
+    own = f"{rank}."
+    generators = {key.removeprefix(own): t for key, t in saved.tensors["rng"].items() if key.startswith(own)}
+    if generators:  # there are none for a rank that the run did not have before
+        checkpoint.load_rng(generators)
     for version in saved.state["replay_versions"]:
         replay.add(read_shard(shard_path(run_dir, version)), version)
     return TrainState.from_plain(saved.state["state"])
 
 
-MAY_CHANGE = {"run_dir", "max_steps", "eval", "checkpoint", "log"}
-"""Keys of a recipe that do not change what a run computes: how far it goes, where it lies, what it shows."""
+def recipe_changes(saved: Checkpoint, recipe: Recipe) -> list[str]:
+    """The keys by which a resumed run would not be the run that was begun, with what they were and are."""
+    return changed_keys(parse_recipe(yaml.safe_load(saved.state["recipe"]), "the run's recipe"), recipe)
 
 
-def check_same_recipe(saved: Checkpoint, recipe: Recipe) -> None:
-    """Raises ValueError naming the keys where a resumed run would not be the run that was begun."""
-    before = _flat(parse_recipe(yaml.safe_load(saved.state["recipe"]), "the run's recipe").model_dump(mode="json"))
-    now = _flat(recipe.model_dump(mode="json"))
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
-        listed = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
-        raise ValueError(f"--resume goes on with the recipe that the run was begun with, but {listed}")
+def versions() -> dict[str, str]:
+    """Of the libraries whose arithmetic a run depends on."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "numpy")}
 
 
-def _flat(block: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys, without those that may change and without the model's place, which may have moved."""
-    if not isinstance(block, dict | list):
-        return {prefix: block}
-    items = block.items() if isinstance(block, dict) else enumerate(block)
+def moved_on(saved: Checkpoint, world_size: int) -> list[str]:
+    """What around a resumed run is another than before, so that its arithmetic may be too."""
+    before = {**saved.state["versions"], "processes": 1 + max(int(key.split(".")[0]) for key in saved.tensors["rng"])}
+    now = {**versions(), "processes": world_size}
+    return [f"{name} was {before[name]}, is {now[name]}" for name in now if before.get(name) != now[name]]
+
+
+FROZEN = "frozen weights"
+
+
+def run_identity(policy: Policy, tasks: Sequence[TaskSet]) -> dict[str, str]:
+    """Hashes of what a run reads and its checkpoints do not hold."""
+    frozen = [(name, p) for name, p in policy.module.named_parameters() if not p.requires_grad]
     return {
-        name: value
-        for key, inner in items
-        if prefix or key not in MAY_CHANGE
-        for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-        if name != "model.path"
+        "tokenizer": _hash([sorted(policy.tokenizer.get_vocab().items()), policy.tokenizer.chat_template]),
+        "training prompts": _hash(
+            [(prompt.id, prompt.answer, prompt.token_ids) for t in tasks for prompt in t.prompts]
+        ),
+        FROZEN: _hash(
+            [(name, parameter.dtype, torch.hash_tensor(parameter.detach()).item()) for name, parameter in frozen]
+        ),
     }
+
+
+def check_identity(saved: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Raises ValueError where a run would go on with another model or other data than it was begun with."""
+    odd = [name for name, value in saved.state["identity"].items() if identity[name] != value]
+    if odd:
+        raise ValueError(
+            f"the {' and the '.join(odd)} are not those that the run was begun with: put back the same model and "
+            "data, or begin a new run with another run_dir"
+        )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
 def _snapshot(saved: Checkpoint, name: str) -> dict[str, Any] | None:

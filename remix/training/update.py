@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from remix.checkpoint import save_tensors
 from remix.config import OptimizerConfig, Recipe
 from remix.errors import TrainingError
 from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
@@ -17,6 +20,9 @@ from remix.training.batching import collate
 from remix.training.distributed import Cluster
 from remix.training.objective import Objective
 from remix.types import Batch, LossInputs, LossOutput, Sample
+
+MOST_DUMPS = 16
+"""Skipped batches that a run leaves on disk."""
 
 
 class Updater:
@@ -29,6 +35,8 @@ class Updater:
         self.cluster = cluster
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
+        self.skipped_in_a_row = 0
+        """Optimiser steps skipped since the last that was taken; part of a checkpoint."""
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
@@ -39,24 +47,39 @@ class Updater:
         )
 
     def run(self, samples: Sequence[Sample], *, step: int, passes: int, kl_lambda: float) -> dict[str, float]:
-        """Token statistics over all updates, and the mean of each loss term and gradient norm; {} without samples."""
+        """Token statistics over all updates, and the mean of each loss term and gradient norm; {} without samples.
+
+        An update whose loss or gradient is not finite is skipped: it counts in `updates/skipped` alone. Raises
+        TrainingError after too many in a row.
+        """
         if not samples:
             return {}
         factor = schedule_factor(self.recipe.optimizer, step, self.recipe.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.model.train()
-        stats, totals, count = TokenStats(), dict[str, float](), 0
+        stats, totals, count, skipped = TokenStats(), dict[str, float](), 0, 0
         # Named by the step alone, so that a resumed run shuffles as this one does.
         rng = np.random.default_rng((self.recipe.seed, step, 2))
         for _ in range(passes):
             for minibatch in _minibatches(samples, self.recipe.batch.minibatches, rng):
-                terms = self.accumulate(minibatch, stats, kl_lambda=kl_lambda)
-                terms |= self._apply(terms, step)
-                totals = {name: totals.get(name, 0.0) + value for name, value in terms.items()}
-                count += 1
-        stats = TokenStats.merge(self.cluster.gather(stats.sampled()))
-        return stats.metrics() | {name: total / count for name, total in totals.items()}
+                of_update = TokenStats()
+                terms = self.accumulate(minibatch, of_update, kl_lambda=kl_lambda)
+                terms |= self._clip()
+                bad = [name for name, value in terms.items() if not np.isfinite(value)]
+                if bad:
+                    skipped += 1
+                    self._skip(minibatch, bad, step=step, number=count + skipped)
+                else:
+                    self.optimizer.step()
+                    self.skipped_in_a_row = 0
+                    stats = TokenStats.merge([stats, of_update])
+                    totals = {name: totals.get(name, 0.0) + value for name, value in terms.items()}
+                    count += 1
+                self.optimizer.zero_grad(set_to_none=True)
+        stats = TokenStats.merge(self.cluster.gather(stats.sampled(), "the statistics of the update"))
+        means = {name: total / count for name, total in totals.items()}
+        return stats.metrics() | means | {"updates": count, "updates/skipped": skipped}
 
     def accumulate(self, minibatch: Sequence[Sample], stats: TokenStats, *, kl_lambda: float) -> dict[str, float]:
         """The gradient of one optimiser step, in as many micro-batches and on as many ranks as it takes.
@@ -79,11 +102,12 @@ class Updater:
             with self.cluster.accumulate(self.model, last=number == len(groups) - 1):
                 output = self._loss(batch, kl_lambda=kl_lambda, denominator=denominator)
                 self.cluster.backward(output.loss * weight)
-            for name, term in output.terms.items():
-                terms[f"loss/{name}"] = terms.get(f"loss/{name}", 0.0) + weight * term.item()
+                # Inside, since on a GPU it is here that a rank waits for gradients.
+                for name, term in output.terms.items():
+                    terms[f"loss/{name}"] = terms.get(f"loss/{name}", 0.0) + weight * term.item()
             if weight:
                 stats.add(output.tokens)
-        return {name: sum(values) for name, values in _transposed(self.cluster.gather(terms))}
+        return {name: sum(values) for name, values in _transposed(self.cluster.gather(terms, "the terms of the loss"))}
 
     def _loss(self, batch: Batch, *, kl_lambda: float, denominator: float) -> LossOutput:
         anchors = self._anchor_states(batch)
@@ -113,23 +137,35 @@ class Updater:
             name: self.policy.anchor_states(batch, anchor) for name, anchor in anchors.items() if anchor is not None
         }
 
-    def _apply(self, terms: dict[str, float], step: int) -> dict[str, float]:
-        # Each group on its own: a critic far from its target must not shrink the policy's step.
-        norms = {
+    def _clip(self) -> dict[str, float]:
+        """Gradient norms before clipping. Each group on its own: a critic far from its target must not shrink the
+        policy's step."""
+        return {
             f"grad_norm/{group['name']}": self.cluster.clip_gradients(
                 group["params"], self.recipe.optimizer.max_grad_norm
             )
             for group in self.optimizer.param_groups
         }
-        bad = [name for name, value in (terms | norms).items() if not np.isfinite(value)]
-        if bad:
+
+    def _skip(self, minibatch: Sequence[Sample], bad: Sequence[str], *, step: int, number: int) -> None:
+        """Leaves the weights as they are and the batch on disk for whoever looks into it."""
+        self.skipped_in_a_row += 1
+        folder = Path(self.recipe.run_dir) / "skipped"
+        dump = folder / f"step={step:06d}-update={number:03d}.safetensors"
+        if self.cluster.is_main and len(list(folder.glob("*"))) < MOST_DUMPS:
+            folder.mkdir(parents=True, exist_ok=True)
+            batch = collate(minibatch, torch.device("cpu"))
+            known = {field.name: getattr(batch, field.name) for field in fields(batch)}
+            tensors = {name: value for name, value in known.items() if isinstance(value, torch.Tensor)}
+            seeds = torch.tensor([sample.rollout.seed for sample in minibatch])
+            save_tensors(dump, {"batch": tensors | {"seed": seeds}})
+        if self.skipped_in_a_row > self.recipe.faults.skipped_updates:
             raise TrainingError(
-                f"step {step}: {', '.join(bad)} is not finite, so this update was not applied. Lower optimizer.lr or "
-                "optimizer.max_grad_norm, or try model.dtype: float32; --resume goes on from the last checkpoint"
+                f"step {step}: {', '.join(bad)} is not finite in {self.skipped_in_a_row} updates in a row, none of "
+                f"which was applied (faults.skipped_updates {self.recipe.faults.skipped_updates}). Look at the batch "
+                f"in {dump}; lower optimizer.lr or optimizer.max_grad_norm, or try model.dtype: float32. "
+                "--resume goes on from the last checkpoint"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norms
 
 
 def build_optimizer(module: ActorCritic, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from remix.durable import write_json
 from remix.tracking import run_log
-from remix.tracking.run_log import RunLog, read_metrics, write_json
+from remix.tracking.run_log import RunLog, read_metrics
 from remix.types import Prompt, Rollout, RolloutGroup, Score
 
 
