@@ -136,6 +136,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
+def seed_generators(seed: int) -> None:
+    """All of this process's random generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_tensors() -> dict[str, Tensor]:
     """This process's random generators: torch's, which dropout draws from, numpy's and Python's."""
     version, words, gauss = random.getstate()

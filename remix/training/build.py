@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
 from remix.durable import locked, write_text
@@ -57,7 +55,7 @@ def open_trainer(
     """
     run_dir = Path(recipe.run_dir)
     cluster.check_alike("the recipe", dump_recipe(recipe))
-    torch.manual_seed(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
+    checkpoint.seed_generators(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
     tokenizer = load_tokenizer(recipe.model)
     train = _encoded_tasks(recipe, "train", tokenizer)
     held_out = [] if recipe.eval.benchmarks else _encoded_tasks(recipe, "test", tokenizer)

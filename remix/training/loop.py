@@ -87,7 +87,7 @@ class Trainer:
     def _step(self, step: int) -> dict[str, float]:
         """Nothing that a checkpoint holds changes before the sampling is over, so that until then it may be dropped."""
         watch = Stopwatch(self.progress.stage)
-        self._enter_phase(step)
+        self._enter_phase(step, watch)
         phase, kl_lambda = self._phase, self.state.phase.lambda_at(step, self.recipe.kl.lambda_schedule)
         fresh, dropped = self._sample(phase, step, watch)
         replayed = self._draw(phase, step, len(fresh))
@@ -161,10 +161,11 @@ class Trainer:
         """After this step? The last one counts always."""
         return self.state.step == self.recipe.last_step or (every > 0 and self.state.step % every == 0)
 
-    def _enter_phase(self, step: int) -> None:
+    def _enter_phase(self, step: int, watch: Stopwatch) -> None:
         trigger = ends(self._phase, self.state.phase)
         if trigger is not None:
-            reincarnate(self.recipe, self.policy, self.updater, self.replay, self.state)
+            with watch("reincarnating"):
+                reincarnate(self.recipe, self.policy, self.updater, self.replay, self.state)
             self.progress.message(
                 f"reincarnation before step {step} ({trigger.type}): reference <- policy, now {self._phase.type}"
             )
