@@ -10,7 +10,7 @@ import time
 import pytest
 
 from remix.rewards import GraderPool
-from remix.rewards.pool import _Worker
+from remix.rewards.workers import _Worker
 
 HALF = r"\frac{1}{2}"
 RIGHT, WRONG = r"\boxed{\frac{\sqrt{4}}{4}}", r"\boxed{\frac{\sqrt{4}}{3}}"  # both take mathematics, and so a worker
