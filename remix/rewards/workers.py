@@ -28,6 +28,8 @@ START_SECONDS = 120.0
 """How long a worker may take to import what it needs, on a busy machine."""
 CHECK_SECONDS = 1.0
 """How often a silent worker is looked after: what it has forked may hold its pipes open when it is gone."""
+KILL_SECONDS = 5.0
+"""How long a killed worker is waited for: one in a system call that never ends, as of a dead network drive, stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +234,13 @@ class _Worker:
 
     def kill(self) -> None:
         """End it and whatever it has started that is still in its session."""
+        if self.lost:
+            return  # its number may be another's by now
         self.lost = True
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILL_SECONDS)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -268,7 +273,8 @@ class _Worker:
             self._process.wait(1)  # its pipes close a moment before it has an exit code
         self.kill()
         code = self._process.returncode
-        end = f"exit code {code}" if code >= 0 else f"signal {-code}: {signal.strsignal(-code)}"
+        killed = code is not None and code < 0
+        end = f"signal {-code}: {signal.strsignal(-code)}" if killed else f"exit code {code}"
         if not self.ready:
             raise self._start_error(f"did not start ({end})")
         return Lost("error", f"its process died ({end})")
