@@ -24,7 +24,7 @@ FinishReason = Literal["stop", "length"]
 """`stop`: the model ended its response itself; `length`: it was cut at the token limit (truncated)."""
 
 Verdict = Literal["correct", "wrong", "no_answer", "timeout", "error"]
-"""What the grader found. `timeout` and `error` are the grader's own failures, counted apart from `wrong`."""
+"""What the rewards found. `timeout` and `error` are a reward's own failures, counted apart from `wrong`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,12 @@ class Score:
     """Whether the answer is right, independent of the reward's weights."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Each reward's own value, unweighted, by name."""
+    note: str = ""
+    """Why it could not be scored; empty unless it failed."""
 
     @property
     def failed(self) -> bool:
-        """The grader failed, not the answer: the value says nothing and is not trained on."""
+        """A reward failed, not the answer: the value says nothing and is not trained on."""
         return self.verdict in ("timeout", "error")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from remix.config.block import Block, Fraction
 
@@ -89,8 +89,11 @@ class PromptConfig(Block):
     """What becomes of a prompt above `max_tokens`; truncate keeps its end."""
 
 
+Seconds = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
+
+
 class RewardBlock(Block):
-    weight: float = 1.0
+    weight: FiniteFloat = 1.0
 
 
 class ExactMatchReward(RewardBlock):
@@ -104,7 +107,7 @@ class MathReward(RewardBlock):
     """1 if the answer is mathematically equal to the gold answer."""
 
     type: Literal["math"] = "math"
-    timeout: PositiveFloat = 5.0
+    timeout: Seconds = 5.0
     """Seconds of wall clock for one answer."""
     workers: PositiveInt = 2
 
@@ -113,11 +116,13 @@ class FormatReward(RewardBlock):
     """1 if the whole response matches the regular expression.
 
     Mind backtracking: a pattern with several `.*` can take seconds on a long response. The default's atomic groups
-    cannot.
+    cannot. The syntax is that of the `regex` package, which holds Python's own.
     """
 
     type: Literal["format"] = "format"
     pattern: str = r"(?s)<think>(?>.*?</think>)(?>.*?\\boxed\{).*\}.*"
+    timeout: Seconds = 5.0
+    """Seconds of processor time for one response; one that takes longer is a failure (`timeout`) and no mismatch."""
 
 
 class LengthReward(RewardBlock):
@@ -135,10 +140,18 @@ class LengthReward(RewardBlock):
 
 
 class PythonReward(RewardBlock):
-    """Your own function, `module:function`, called as function(prompt, response) and returning a float."""
+    """Your own function, `module:function`, called as function(prompt, response) and returning a float.
+
+    It runs in processes of its own. A response on which it overruns (`timeout`), dies, raises or returns no finite
+    number (`error`) is left out of training.
+    """
 
     type: Literal["python"] = "python"
     function: str
+    timeout: Seconds = 60.0
+    """Seconds of wall clock for one response. Where it is above 120, importing the module may take as long too."""
+    workers: PositiveInt = 1
+    """Processes, each with the module imported anew."""
 
 
 RewardConfig = Annotated[

@@ -14,8 +14,11 @@ class Part:
     """What one reward says of one response."""
 
     value: float
+    """Finite, and 0 where the reward failed."""
     verdict: Verdict | None = None
-    """Whether the answer is right; None from rewards that do not look at the answer."""
+    """Whether the answer is right; None from rewards that do not look at the answer and did not fail."""
+    note: str = ""
+    """Why the reward failed."""
 
 
 class Reward(Protocol):
@@ -24,3 +27,9 @@ class Reward(Protocol):
 
     def close(self) -> None:
         """Give back processes."""
+
+
+def shortened(text: str, limit: int = 300) -> str:
+    """Foreign text for a note: one line of at most so many characters, all of which can be printed."""
+    line = "".join(char if char.isprintable() else " " for char in text[: limit + 1])
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"

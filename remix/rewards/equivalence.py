@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from remix.rewards.answers.extract import extract
 from remix.rewards.answers.normalise import plain
 from remix.rewards.answers.numerals import rational
-
-if TYPE_CHECKING:
-    # Only for the types: workers import this module, and `remix.types` brings torch along.
-    from remix.types import Verdict
+from remix.types import Verdict
 
 GRADER_NAME = "remix-math"
 GRADER_VERSION = "1.0"

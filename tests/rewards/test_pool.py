@@ -10,7 +10,8 @@ import time
 import pytest
 
 from remix.rewards import GraderPool
-from remix.rewards.pool import _Worker
+from remix.rewards.workers import _Worker
+from tests.rewards.processes import children
 
 HALF = r"\frac{1}{2}"
 RIGHT, WRONG = r"\boxed{\frac{\sqrt{4}}{4}}", r"\boxed{\frac{\sqrt{4}}{3}}"  # both take mathematics, and so a worker
@@ -19,20 +20,6 @@ BOMB = r"\boxed{\sum_{k=1}^{10^9} \sin(k^k)}"  # for computer algebra, which doe
 
 def verdicts(pool: GraderPool, *responses: str, gold: str = HALF) -> list[str]:
     return [found.verdict for found in pool.grade([(gold,)] * len(responses), responses)]
-
-
-def children() -> set[int]:
-    """Processes that this one started and that run."""
-    found = set()
-    for entry in os.listdir("/proc"):
-        try:
-            with open(f"/proc/{entry}/stat") as stat:
-                state, parent = stat.read().rpartition(")")[2].split()[:2]
-        except (OSError, ValueError):
-            continue
-        if int(parent) == os.getpid() and state != "Z":
-            found.add(int(entry))
-    return found
 
 
 def test_grades_in_order_and_keeps_its_workers():

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import random
+import re
+from pathlib import Path
+
 import pytest
+import torch
+import yaml
 
 from remix.config import ExactMatchReward, FormatReward, LengthReward, MathReward, PythonReward
+from remix.replay import read_shard, write_shard
 from remix.rewards import RewardSuite
-from remix.types import Prompt, Score
+from remix.types import Prompt, Rollout, RolloutGroup, Score
+from tests.rewards.processes import children
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 MODULE = """
 import numpy as np
@@ -14,17 +24,14 @@ import numpy as np
 def one(prompt, response): return 1.0 if response == prompt.answer else 0.25
 def count(prompt, response): return len(response)
 def numpy_value(prompt, response): return np.float32(0.5)
-def nothing(prompt, response): return None
-def infinite(prompt, response): return float("inf")
 def broken(prompt, response): raise KeyError("x")
-constant = 3
+def vast(prompt, response): return 1e30
 """
 
 
 @pytest.fixture(autouse=True)
 def _module(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(MODULE)
-    (tmp_path / "half_installed.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
 
 
@@ -54,6 +61,10 @@ def test_math_timeouts_are_not_wrong():
     (found,) = score([MathReward(timeout=1, workers=1)], r"\boxed{\sum_{k=1}^{10^9} \sin(k^k)}")
     assert found.verdict in ("timeout", "error")
     assert found.value == 0
+    assert found.note in (
+        "the math grader did not finish within 1 s on prompt 'p7'",
+        "the math grader failed on prompt 'p7'",
+    )
 
 
 def test_format_matches_the_whole_response():
@@ -61,6 +72,30 @@ def test_format_matches_the_whole_response():
     assert [s.value for s in score(suite, "<a>12</a>", "<a>12</a> ", "x<a>1</a>")] == [1, 0, 0]
     good = "<think>a\nb</think> so \\boxed{5}"
     assert [s.value for s in score([FormatReward()], good, "\\boxed{5}")] == [1, 0]
+
+
+def test_a_pattern_that_backtracks_without_end_costs_its_own_response_only():
+    found = score([FormatReward(pattern="(a|aa)+", timeout=0.3), ExactMatchReward()], "a" * 99, "a" * 99 + "b", "b")
+    assert [(s.value, s.verdict) for s in found] == [(1, "wrong"), (0, "timeout"), (0, "wrong")]
+    assert [s.note for s in found[::2]] == ["", ""]
+    assert found[1].note == (
+        "the format reward's pattern (a|aa)+ took more than 0.3 s on a response of 100 characters to prompt 'p7'"
+    )
+
+
+def test_patterns_that_are_shipped_mean_what_they_mean_in_re():
+    patterns = {FormatReward().pattern}
+    for recipe in RECIPES.rglob("*.yaml"):
+        content = yaml.safe_load(recipe.read_text())
+        patterns |= {r["pattern"] for r in content.get("rewards", ()) if r["type"] == "format" and "pattern" in r}
+    assert len(patterns) > 1
+    pieces = ["<think>", "</think>", r"\boxed{", "}", "5", "\n", " so ", "{", "\\"]
+    draw = random.Random(0)
+    responses = ["<think>" * draw.randint(0, 1) + "".join(draw.choices(pieces, k=12)) for _ in range(3_000)]
+    for pattern in patterns:
+        expected = [float(re.fullmatch(pattern, response) is not None) for response in responses]
+        assert 30 < sum(expected) < 2_970, pattern
+        assert [s.value for s in score([FormatReward(pattern=pattern)], *responses)] == expected
 
 
 def test_an_invalid_pattern_is_refused_when_built():
@@ -103,26 +138,45 @@ def test_numpy_numbers_are_numbers():
     assert score([PythonReward(function="my_rewards:numpy_value")], "x")[0].value == 0.5
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("my_rewards", "not of the form module:function"),
-        ("my_reward:one", "there is no module 'my_reward'; put its folder on PYTHONPATH"),
-        ("my_rewards:ones", "module 'my_rewards' has no 'ones'; did you mean 'one'"),
-        ("my_rewards:constant", "is a int, which cannot be called"),
-        ("my_rewards:nothing", "my_rewards:nothing returned None on prompt 'p7'; it has to return a finite number"),
-        ("my_rewards:infinite", "returned inf on prompt 'p7'"),
-        ("my_rewards:broken", r"my_rewards:broken raised KeyError \('x'\) on prompt 'p7'; let it return"),
-    ],
-)
-def test_python_errors_name_the_function(function, message):
-    with pytest.raises(ValueError, match=message):
-        score([PythonReward(function=function)], "x")
+def test_one_failure_fails_the_score_whatever_the_others_say():
+    configs = [ExactMatchReward(), PythonReward(function="my_rewards:broken", weight=3), FormatReward(pattern="16")]
+    (found,) = score(configs, "16")
+    assert (found.verdict, found.failed) == ("error", True)
+    assert found.note.startswith("the reward function my_rewards:broken raised KeyError ('x') on prompt 'p7'; let it")
+    assert found.parts == {"exact_match": 1, "python": 0, "format": 1}
+    assert found.value == 2  # 1·1 + 3·0 + 1·1
 
 
-def test_a_module_that_lacks_its_own_imports_is_not_called_missing():
-    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        RewardSuite([PythonReward(function="half_installed:f")])
+def test_a_sum_that_single_precision_cannot_hold_is_a_failure():
+    vast = PythonReward(function="my_rewards:vast", weight=1e9)
+    (found,) = score([ExactMatchReward(), vast], "16")
+    assert (found.value, found.verdict) == (0, "error")
+    assert found.note == "the weighted sum of the rewards is 1e+39, beyond single precision"
+    assert score([vast.model_copy(update={"weight": 1e8})], "16")[0].verdict == "correct"
+
+
+def test_a_failed_score_goes_through_the_rollout_log(tmp_path):
+    (found,) = score([PythonReward(function="my_rewards:broken")], "16")
+    ids, logprobs = torch.tensor([1, 2]), torch.zeros(2)
+    rollout = Rollout(ids, ids, logprobs, 0, "stop", 7, "16", found)
+    write_shard(tmp_path / "s.parquet", 0, [RolloutGroup(Prompt("p7", "3", "16", "sums"), (rollout,))])
+    read = read_shard(tmp_path / "s.parquet")[0].rollouts[0].score
+    assert read is not None
+    assert (read.verdict, read.value, read.parts) == ("error", 0, {"python": 0})
+
+
+def test_processes_of_a_suite_that_fails_to_build_are_given_back():
+    before = children()
+    with pytest.raises(ValueError, match="not a regular expression"):
+        RewardSuite([PythonReward(function="my_rewards:one"), FormatReward(pattern="(")])
+    assert children() == before
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
+def test_deadlines_are_positive_and_finite(value):
+    for config, keys in [(MathReward, {}), (FormatReward, {}), (PythonReward, {"function": "m:f"})]:
+        with pytest.raises(ValueError, match="timeout"):
+            config(timeout=value, **keys)
 
 
 def test_lists_of_unequal_length_are_refused():
