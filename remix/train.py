@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from remix.training.resume import EXIT_FILE, add_resume_options, resolve
 
@@ -125,5 +125,12 @@ def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
         )
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process. Everything is closed, and a library's thread can hang the interpreter while it ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -241,7 +241,7 @@ def _first_difference(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> s
 # --- the commands -------------------------------------------------------------------------------------------------
 
 
-def child(arguments: list[str]) -> int:
+def child(arguments: list[str]) -> NoReturn:
     """`remix.train` as it is, which also writes down each stage that it reaches."""
     from remix import train
     from remix.tracking.progress import Progress
@@ -255,12 +255,12 @@ def child(arguments: list[str]) -> int:
         announce(self, name)
 
     Progress.stage = stage  # type: ignore[method-assign]
-    return train.main(arguments)
+    train.leave(train.main(arguments))
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
-        return child(sys.argv[2:])
+        child(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", metavar="WORDS")
     parser.add_argument("--kills", type=int, default=3, metavar="N", help="SIGKILLs of a case, beside one SIGTERM")

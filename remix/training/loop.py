@@ -32,7 +32,7 @@ from remix.training.probe import check_sync
 from remix.training.reincarnation import reincarnate
 from remix.training.state import TrainState, to_checkpoint
 from remix.training.update import Updater
-from remix.types import Prompt, RolloutGroup, Sampling
+from remix.types import Prompt, Rollout, RolloutGroup, Sampling
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -195,7 +195,22 @@ class Trainer:
                 f"step {step}: the log-probs of every response are NaN or infinite: the policy is broken. Go on from "
                 "an earlier checkpoint with a lower optimizer.lr, or start from a model that is whole"
             )
+        self._check_scores(step, sampled)
         return kept, dropped
+
+    def _check_scores(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Says once a step why a response could not be scored; raises TrainingError where too many could not."""
+        notes = [rollout.score.note for rollout in rollouts if rollout.score is not None and rollout.score.failed]
+        if not notes:
+            return
+        said = f"step {step}: {len(notes)} of {len(rollouts)} responses could not be scored"
+        why = next(filter(None, notes), "the grader ran out of time")
+        if len(notes) > self.recipe.faults.unscored * len(rollouts):
+            raise TrainingError(
+                f"{said} (faults.unscored {self.recipe.faults.unscored:g}), for example: {why}. Mend the reward, "
+                "then go on from the last checkpoint with --resume"
+            )
+        self.progress.message(f"{said} and are left out, for example: {why}")
 
     def _rollouts(self, prompts: Sequence[Prompt], step: int, watch: Stopwatch) -> list[RolloutGroup]:
         rollout = self.recipe.rollout

@@ -47,4 +47,4 @@ if __name__ == "__main__":
     for fault in faults:
         name, _, options = fault.partition("=")
         FAULTS[name](options)
-    sys.exit(train.main(arguments))
+    train.leave(train.main(arguments))

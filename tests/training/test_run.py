@@ -414,7 +414,7 @@ class TestBadInput:
     def test_a_reward_that_raises(self, tiny_model: Path, tmp_path: Path) -> None:
         changes = {"rewards": [{"type": "python", "function": "tests.training.test_run:raising_reward"}]}
         with (
-            pytest.raises(ValueError, match=r"raising_reward.*arithmetic/"),
+            pytest.raises(TrainingError, match=r"24 of 24 responses could not be scored.*raising_reward.*arithmetic/"),
             opened(tiny_recipe(tiny_model, tmp_path, changes)) as t,
         ):
             t.fit()
