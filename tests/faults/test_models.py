@@ -27,7 +27,7 @@ def test_a_changed_recipe_is_asked_about(tmp_path: Path) -> None:
     run_dir, changed = tmp_path / "run", ("optimizer.lr=1e-6", "batch.minibatches=1")
     train(run_dir, "max_steps=1")
     done = train(run_dir, *changed, resume=True, status=2)
-    assert "batch.minibatches was 2, is 1; optimizer.lr was 0.0001, is 1e-06" in done.stderr
+    assert "batch.minibatches was 2, is 1; optimizer.lr was 7e-05, is 1e-06" in done.stderr
     assert "--allow-changed" in done.stderr
     done = train(run_dir, *changed, "--allow-changed", resume=True)
     assert "no longer exactly the run it was: batch.minibatches was 2, is 1" in " ".join(done.stdout.split())
@@ -35,7 +35,7 @@ def test_a_changed_recipe_is_asked_about(tmp_path: Path) -> None:
     state = json.loads((run_dir / "checkpoints" / "latest" / "state.json").read_text())
     assert state["state"]["changes"] == [
         "step 1: batch.minibatches was 2, is 1",
-        "step 1: optimizer.lr was 0.0001, is 1e-06",
+        "step 1: optimizer.lr was 7e-05, is 1e-06",
     ]
 
 
