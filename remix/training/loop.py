@@ -26,7 +26,7 @@ from remix.tracking.stopwatch import Stopwatch
 from remix.training.distributed import Cluster
 from remix.training.experience import Experience
 from remix.training.phases import ends
-from remix.training.probe import check_sync
+from remix.training.probe import SyncProbe
 from remix.training.reincarnation import reincarnate
 from remix.training.state import TrainState, to_checkpoint
 from remix.training.update import Updater
@@ -42,6 +42,7 @@ class Trainer:
     cluster: Cluster
     policy: Policy
     sampler: Sampler
+    probe: SyncProbe
     stream: PromptStream
     exams: Sequence[Exam]
     experience: Experience
@@ -177,7 +178,7 @@ class Trainer:
         """The policy's weights to the engine, and the proof that they arrived."""
         with watch("syncing"):
             self.sampler.engine.sync(checkpoint_weights(self.policy.module.lm))
-            return check_sync(self.recipe, self.policy, self.sampler.engine, self.stream.take(0, 4))
+            return self.probe.check(self.sampler.engine, self.stream.take(0, 4))
 
     def _evaluate(self, watch: Stopwatch) -> dict[str, float]:
         def responses(exam: Exam) -> list[Response]:

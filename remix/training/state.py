@@ -79,6 +79,10 @@ MAY_CHANGE = {"run_dir", "max_steps", "eval", "checkpoint", "log"}
 """Keys of a recipe that do not change what a run computes: how far it goes, where it lies, what it shows."""
 
 
+PLACES = {"model.path", *(f"rollout.engine.{key}" for key in ("own_process", "timeout", "restarts"))}
+"""Dotted keys that say where something lies or runs, not what: they may change too."""
+
+
 def check_same_recipe(saved: Checkpoint, recipe: Recipe) -> None:
     """Raises ValueError naming the keys where a resumed run would not be the run that was begun."""
     before = _flat(parse_recipe(yaml.safe_load(saved.state["recipe"]), "the run's recipe").model_dump(mode="json"))
@@ -90,7 +94,7 @@ def check_same_recipe(saved: Checkpoint, recipe: Recipe) -> None:
 
 
 def _flat(block: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys, without those that may change and without the model's place, which may have moved."""
+    """Dotted keys, without those that may change."""
     if not isinstance(block, dict | list):
         return {prefix: block}
     items = block.items() if isinstance(block, dict) else enumerate(block)
@@ -99,7 +103,7 @@ def _flat(block: Any, prefix: str = "") -> dict[str, Any]:
         for key, inner in items
         if prefix or key not in MAY_CHANGE
         for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-        if name != "model.path"
+        if name not in PLACES
     }
 
 
