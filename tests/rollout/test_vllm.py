@@ -183,13 +183,21 @@ class TestSampleAndSync:
         rounded.load_state_dict(halved)
         assert_logprobs_of(rounded, REQUESTS, got, 1.0)
 
-    def test_a_response_does_not_depend_on_earlier_calls(self, started: Case) -> None:
-        """Bit for bit, with prompts that fill cache blocks of earlier calls, and from the same place after others."""
-        sampling = Sampling(max_tokens=16)
-        fresh = started.engine.generate(REQUESTS, sampling)
-        started.engine.sync(checkpoint(started.first).items())
-        started.engine.generate([Request(LONG_PROMPT[:300] + (4,) * 50, 9), *REQUESTS[::-1]], Sampling(max_tokens=40))
-        assert_identical(started.engine.generate(REQUESTS, sampling), fresh)
+    @pytest.mark.parametrize("length", [129, 257, 400])
+    def test_a_response_does_not_depend_on_earlier_calls(self, started: Case, length: int) -> None:
+        """Bit for bit, though all but a few tokens of the prompt were cached. Two threads sum a row in another order
+        than they sum the rows of a block."""
+        requests, sampling = [Request(LONG_PROMPT[:length], 0)], Sampling(max_tokens=16)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            fresh = started.engine.generate(requests, sampling)
+            assert_identical(started.engine.generate(requests, sampling), fresh)
+            started.engine.generate([Request(LONG_PROMPT, 9), *REQUESTS[::-1]], Sampling(max_tokens=40))
+            started.engine.sync(checkpoint(started.first).items())
+            assert_identical(started.engine.generate(requests, sampling), fresh)
+        finally:
+            torch.set_num_threads(threads)
 
     def test_an_interrupted_call_leaves_nothing_to_the_next(self, started: Case) -> None:
         sampling = Sampling(max_tokens=16)
@@ -203,7 +211,7 @@ class TestSampleAndSync:
 
     def test_prompts_that_are_longer_together_than_a_batch(self, started: Case) -> None:
         """A prompt cut in two by the end of a batch would sample its first token twice."""
-        many = [Request(LONG_PROMPT[:100] + (2 + i % 50, 2 + i // 50), i) for i in range(60)]
+        many = [Request((*LONG_PROMPT[:100], 2 + i % 50, 2 + i // 50), i) for i in range(60)]
         got = started.engine.generate(many, Sampling(max_tokens=4))
         assert_logprobs_of(started.first, many, got, 1.0)
         alone = started.engine.generate(many[40:41], Sampling(max_tokens=4))
