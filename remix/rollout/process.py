@@ -33,8 +33,10 @@ START_SECONDS = 1800.0
 CHUNK = 1 << 20
 """Bytes of one read or write."""
 DAY = 86400.0
+STDERR_KEPT = 1 << 14
+"""Bytes of what the child printed last."""
 LAST_WORDS = 2000
-"""Bytes of the child's stderr that an error message quotes."""
+"""Characters of them that an error message quotes."""
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -274,7 +276,8 @@ class _Child:
         """The end of what it printed on stderr, safe to show."""
         while self._hear():
             pass
-        return printable(self._words.decode(errors="replace")).strip()
+        words = printable(self._words.decode(errors="replace"))
+        return re.sub(r"\nExtension modules: .*", "", words).strip()[-LAST_WORDS:]  # of the fault handler, a long list
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -318,7 +321,7 @@ class _Child:
         except BlockingIOError:
             return False
         self._silent = not chunk
-        self._words = (self._words + chunk)[-LAST_WORDS:]
+        self._words = (self._words + chunk)[-STDERR_KEPT:]
         return bool(chunk)
 
     def _dead(self) -> _FaultError:
