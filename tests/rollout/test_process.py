@@ -26,8 +26,8 @@ from tests.rollout.test_vllm import LONG_PROMPT, MAX_MODEL_LEN, REQUESTS, checkp
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(max_tokens=24, temperature=0.9)
-MANY = [Request(LONG_PROMPT[: 100 + seed % 90], seed) for seed in range(400)]
-"""Some seconds of work with LONG."""
+MANY = [Request(LONG_PROMPT[: 100 + seed % 90], seed) for seed in range(256)]
+"""A second of work with LONG."""
 LONG = Sampling(max_tokens=80)
 
 
@@ -102,7 +102,7 @@ class TestOneEngine:
     def test_killed_while_sampling(self, case: Case) -> None:
         case.sync(case.second)
         expected = case.here.generate(MANY, LONG)
-        with later(0.5, pid_of(case.there), signal.SIGKILL):
+        with later(0.2, pid_of(case.there), signal.SIGKILL):
             assert_identical(case.there.generate(MANY, LONG), expected)
         assert restarts(case, 0, "was ended by SIGKILL while sampling", "1 of 3")
 
@@ -130,13 +130,9 @@ class TestOneEngine:
 
     def test_an_interruption_ends_the_child_and_is_no_fault(self, case: Case) -> None:
         pid = pid_of(case.there)
-        with interruption(0.3), pytest.raises(InterruptedError):
+        with interruption(0.2), pytest.raises(InterruptedError):
             case.there.generate(MANY, LONG)
         assert not alive(pid)
-        # A sync with a weight that is none ends the child that takes the place of that one.
-        with pytest.raises(ValueError, match=r"'model\.nowhere' is no weight"):
-            case.there.sync((checkpoint(case.first) | {"model.nowhere": torch.zeros(1)}).items())
-        assert case.there._child is None
         assert case.there.restarts == len(case.messages) == 3
 
     def test_restarts_are_not_endless(self, case: Case) -> None:

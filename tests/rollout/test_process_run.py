@@ -46,7 +46,11 @@ def test_an_engine_killed_while_it_samples_changes_nothing(vllm_model: Path, tmp
         engine.generate = killed_in_step_1
         t.fit()
         killed = weights_of(t)
+        wrong = {"model.nowhere": torch.zeros(1)}  # an error of the caller, and no fault
+        with pytest.raises(ValueError, match=r"'model\.nowhere' is no weight of the checkpoint"):
+            engine.sync(wrong.items())
         assert engine.restarts == 1
+        assert engine._child is None
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "killed")
     for step in range(3):
