@@ -43,7 +43,7 @@ DOORS = {
     "transformers": {"remix.models.loading", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
-    "safetensors": {"remix.checkpoint"},
+    "safetensors": {"remix.checkpoint", "remix.rollout.frames"},
 }
 """The modules that may import a heavy library."""
 

@@ -8,6 +8,8 @@ from remix.config.recipe import Recipe
 
 MAY_CHANGE = {"run_dir", "max_steps", "eval", "checkpoint", "faults", "log"}
 """Keys of a recipe that do not change what a run computes: how far it goes, where it lies, what it shows."""
+PLACES = {"model.path", *(f"rollout.engine.{key}" for key in ("own_process", "timeout", "restarts"))}
+"""Dotted keys that say where something lies or runs, not what: they may change too."""
 
 
 def changed_keys(before: Recipe, now: Recipe) -> list[str]:
@@ -18,7 +20,7 @@ def changed_keys(before: Recipe, now: Recipe) -> list[str]:
 
 
 def _flat(block: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys, without those that may change and without the model's place, which may have moved."""
+    """Dotted keys, without those that may change."""
     if not isinstance(block, dict | list):
         return {prefix: block}
     items = block.items() if isinstance(block, dict) else enumerate(block)
@@ -27,5 +29,5 @@ def _flat(block: Any, prefix: str = "") -> dict[str, Any]:
         for key, inner in items
         if prefix or key not in MAY_CHANGE
         for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-        if name != "model.path"
+        if name not in PLACES
     }

@@ -18,9 +18,16 @@ class HFEngineConfig(Block):
 
 
 class VLLMEngineConfig(Block):
-    """vLLM in the trainer's process."""
+    """vLLM, in the trainer's process or beside it."""
 
     type: Literal["vllm"] = "vllm"
+    own_process: bool = False
+    """Run it in a child process of each rank. Should that die or hang it is started again and asked the same again,
+    and the run computes what it would have computed."""
+    timeout: PositiveFloat = 1800.0
+    """Seconds that one call to an engine in its own process may take before it counts as hung."""
+    restarts: NonNegativeInt = 3
+    """How often a run starts an engine in its own process again."""
     memory_fraction: Fraction = 0.4
     """Share of a GPU's memory that vLLM takes."""
     kv_cache_gib: PositiveFloat = 0.25

@@ -83,11 +83,13 @@ class HFEngine:
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         training = self.lm.training
         self.lm.eval()
-        for start in range(0, len(by_length), self.batch_size):
-            indices = by_length[start : start + self.batch_size]
-            batch = self._generate([requests[i] for i in indices], sampling)
-            completions.update(zip(indices, batch, strict=True))
-        self.lm.train(training)
+        try:
+            for start in range(0, len(by_length), self.batch_size):
+                indices = by_length[start : start + self.batch_size]
+                batch = self._generate([requests[i] for i in indices], sampling)
+                completions.update(zip(indices, batch, strict=True))
+        finally:
+            self.lm.train(training)
         return [completions[i] for i in range(len(requests))]
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -1,8 +1,9 @@
-"""vLLM inside the trainer's process: samples on the device that trains, takes over the weights without leaving it.
+"""vLLM in this process: samples on the device that trains, takes over the weights without leaving it.
 
-One engine per process, each rank samples its own requests. Where `torch.distributed` is in use, all ranks build, sync
-and close their engines together, after the process group exists. After every call the trainer's random state,
-threads, matmul precision, launch environment and process group are as before.
+A response depends on its call and the weights alone. One engine per process, each rank samples its own requests. Where
+`torch.distributed` is in use, all ranks build, sync and close their engines together, after the process group exists.
+After every call the trainer's random state, threads, matmul precision, launch environment and process group are as
+before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import difflib
 import os
 import random
 import re
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +28,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # should anything listen, then for this machine alone
 
 try:
     from vllm import LLM, SamplingParams
@@ -41,6 +44,13 @@ except ModuleNotFoundError as error:
         name="vllm",
     ) from None
 
+CPU_BATCHED_TOKENS = 4096
+"""Most tokens of one forward pass on a CPU; a whole prompt has to fit."""
+
+_ENVIRONMENT = ("LD_PRELOAD", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME")
+"""Restored after every call: the first would reach processes that the trainer starts, the others say who the rank is
+and how its group talks."""
+
 NOT_TRAINED = re.compile(r"rotary_emb\.inv_freq$|^mtp\.")
 """Tensors that some checkpoints carry and no policy trains: old rotary buffers, multi-token prediction heads."""
 
@@ -54,6 +64,7 @@ class VLLMEngine:
     memory_fraction: share of the GPU's memory for weights, activations and KV cache. Without effect on a CPU.
     kv_cache_gib: memory of the KV cache on a CPU. Without effect on a GPU.
     enforce_eager: no CUDA graphs and no compilation: starts sooner, decodes slower. A CPU always runs eagerly.
+    kv_blocks: blocks of the KV cache; None = as many as there is memory for, afterwards in the attribute `kv_blocks`.
     """
 
     _open: ClassVar[weakref.ref[VLLMEngine] | None] = None
@@ -71,7 +82,9 @@ class VLLMEngine:
         seed: int = 0,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        kv_blocks: int | None = None,
     ) -> None:
+        """Raises ValueError where there are no safetensors weights: others would run code as they are read."""
         # vLLM keeps its process groups in globals of the process: closing one engine would take them from another.
         if VLLMEngine._open is not None and VLLMEngine._open() is not None:
             raise RuntimeError("Another VLLMEngine is open in this process. Close it first: engine.close().")
@@ -81,26 +94,35 @@ class VLLMEngine:
         self._eos_token_ids = eos_token_ids
         self._shares_process_group = torch.distributed.is_initialized()
         self._weights_intact = True
-        with _trainer_undisturbed():
+        with _trainer_undisturbed(), _clear_where_no_weights(model_path):
             if self._shares_process_group:
                 os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
                 os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+            elif sys.platform == "linux":
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens, though it is alone in its group
             self._llm = LLM(
                 model_path,
+                load_format="safetensors",
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 dtype=dtype,
                 max_model_len=max_model_len,
                 gpu_memory_utilization=memory_fraction,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30) if on_cpu else None,
+                num_gpu_blocks_override=kv_blocks,
                 enforce_eager=enforce_eager or on_cpu,
+                # Between two chunks of a prompt vLLM turns a seeded generator back, which one of a CPU cannot do.
+                enable_chunked_prefill=False if on_cpu else None,
+                max_num_batched_tokens=max(max_model_len, CPU_BATCHED_TOKENS) if on_cpu else None,
                 seed=seed,
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 use_tqdm_on_load=False,
+                async_scheduling=False,  # a batch scheduled ahead would outlive its call
                 distributed_executor_backend="external_launcher" if self._shares_process_group else "uni",
             )
             self._shapes = self._checkpoint_shapes()
+        self.kv_blocks: int = self._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
         VLLMEngine._open = weakref.ref(self)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -131,7 +153,14 @@ class VLLMEngine:
         # vLLM compiles its log-prob gather by itself; on a CPU this takes longer (4 to 20 s) than it ever saves.
         eagerly = torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else nullcontext()
         with _trainer_undisturbed(), eagerly:
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            # A cached block was computed in another batch, perhaps from other weights. Within the call it is shared.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("An interrupted call left vLLM amid a step. Build a new engine.")
+            try:
+                outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            except BaseException:
+                self._abort()
+                raise
         return [_completion(output.outputs[0]) for output in outputs]
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -145,9 +174,6 @@ class VLLMEngine:
         self._weights_intact = False
         with _trainer_undisturbed():
             self._llm.collective_rpc(_load_weights, args=(self._checked(weights),))
-            # Cached blocks of prompts hold keys and values of the old weights.
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM did not drop its prefix cache, which holds values of the old weights.")
         self._weights_intact = True
 
     def close(self) -> None:
@@ -158,6 +184,12 @@ class VLLMEngine:
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         VLLMEngine._open = None
+
+    def _abort(self) -> None:
+        """Forgets the requests of a call that was interrupted, which the next would compute along with its own."""
+        engine = self._llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        self._llm.collective_rpc(_forget_batch)
 
     def _check_weights_intact(self) -> None:
         if not self._weights_intact:
@@ -211,6 +243,10 @@ def _completion(output: Any) -> Completion:
     )
 
 
+def _forget_batch(worker: Any) -> None:
+    worker.model_runner.execute_model_state = None  # what a forward pass left for the sampling that never came
+
+
 def _load_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
     worker.reload_weights(weights_iterator=weights)
     for head in _tied_heads(worker.get_model()):
@@ -231,8 +267,7 @@ def _trainer_undisturbed() -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
-    # LD_PRELOAD would reach processes that the trainer starts; the others say who the rank is.
-    environment = {name: os.environ.get(name) for name in ("LD_PRELOAD", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices):
@@ -248,6 +283,19 @@ def _trainer_undisturbed() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _clear_where_no_weights(model_path: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "Cannot find any model weights" not in str(error):
+            raise
+        raise ValueError(
+            f"model {model_path}: no weights as safetensors (*.safetensors) there, and others are never read, as "
+            "reading a pickle can run any code. Save it with save_pretrained of transformers 5, which writes them"
+        ) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
-from remix.models.loading import load_actor_critic, load_tokenizer
+from remix.models.loading import checkpoint_weights, load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, remove_shards
 from remix.rewards import RewardSuite
@@ -26,6 +26,7 @@ from remix.training.experience import Experience
 from remix.training.interruption import Interruption
 from remix.training.loop import Trainer
 from remix.training.objective import Objective
+from remix.training.probe import SyncProbe
 from remix.training.state import (
     TrainState,
     check_identity,
@@ -92,7 +93,7 @@ def open_trainer(
         cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         exams = build_exams(recipe, tokenizer, held_out, rewards, stack)
-        engine = build_engine(recipe, policy, exams)
+        engine = build_engine(recipe, policy, exams, progress.message)
         stack.callback(engine.close)
         # A step that was interrupted in its evaluation is still to be logged.
         log = RunLog(run_dir, from_step=state.step - (state.unlogged is not None), enabled=cluster.is_main)
@@ -107,6 +108,7 @@ def open_trainer(
             cluster=cluster,
             policy=policy,
             sampler=Sampler(engine, rewards, _decoder(tokenizer), recipe.seed),
+            probe=SyncProbe(recipe, policy),
             stream=PromptStream(train, seed=recipe.seed),
             exams=exams,
             experience=Experience(recipe, policy, cluster),
@@ -138,8 +140,11 @@ def _encoded_tasks(recipe: Recipe, split: Split, tokenizer: Any) -> list[TaskSet
     ]
 
 
-def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam]) -> Engine:
-    """What samples: transformers on the trainer's own module, or vLLM with a copy of the weights."""
+def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message: Callable[[str], None]) -> Engine:
+    """What samples: transformers on the trainer's own module, or vLLM with a copy of the weights.
+
+    `message` is told when an engine in its own process is started again.
+    """
     config = recipe.rollout.engine
     if isinstance(config, HFEngineConfig):
         from remix.rollout.hf import HFEngine
@@ -151,22 +156,34 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam]) -> Engin
             device=policy.device,
             autocast=lambda: policy.module.autocast(policy.device),
         )
-    from remix.rollout.vllm import VLLMEngine
-
-    return VLLMEngine(
-        recipe.model.path,
-        revision=recipe.model.revision,
-        dtype=recipe.model.dtype,
-        trust_remote_code=recipe.model.trust_remote_code,
-        max_model_len=max(
+    arguments: dict[str, Any] = {
+        "revision": recipe.model.revision,
+        "dtype": recipe.model.dtype,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "max_model_len": max(
             recipe.prompt.max_tokens + recipe.rollout.max_tokens, *(exam.longest_sequence for exam in exams)
         ),
-        eos_token_ids=policy.module.eos_token_ids,
-        memory_fraction=config.memory_fraction,
-        kv_cache_gib=config.kv_cache_gib,
-        enforce_eager=config.enforce_eager,
-        seed=recipe.seed,
-    )
+        "eos_token_ids": policy.module.eos_token_ids,
+        "memory_fraction": config.memory_fraction,
+        "kv_cache_gib": config.kv_cache_gib,
+        "enforce_eager": config.enforce_eager,
+        "seed": recipe.seed,
+    }
+    if config.own_process:
+        from remix.rollout.process import EngineProcess
+
+        return EngineProcess(
+            recipe.model.path,
+            weights=lambda: checkpoint_weights(policy.module.lm),
+            message=message,
+            device=policy.device,
+            timeout=config.timeout,
+            max_restarts=config.restarts,
+            **arguments,
+        )
+    from remix.rollout.vllm import VLLMEngine
+
+    return VLLMEngine(recipe.model.path, **arguments)
 
 
 def _decoder(tokenizer: Any) -> Any:

@@ -28,7 +28,7 @@ from remix.training.distributed import Cluster
 from remix.training.experience import Experience
 from remix.training.interruption import Interruption
 from remix.training.phases import ends
-from remix.training.probe import check_sync
+from remix.training.probe import SyncProbe
 from remix.training.reincarnation import reincarnate
 from remix.training.state import TrainState, to_checkpoint
 from remix.training.update import Updater
@@ -47,6 +47,7 @@ class Trainer:
     cluster: Cluster
     policy: Policy
     sampler: Sampler
+    probe: SyncProbe
     stream: PromptStream
     exams: Sequence[Exam]
     experience: Experience
@@ -257,7 +258,7 @@ class Trainer:
         """The policy's weights to the engine, and the proof that they arrived."""
         with watch("syncing"):
             self.sampler.engine.sync(checkpoint_weights(self.policy.module.lm))
-            return check_sync(self.recipe, self.policy, self.sampler.engine, self.stream.take(0, 4))
+            return self.probe.check(self.sampler.engine, self.stream.take(0, 4))
 
     def _evaluate(self, watch: Stopwatch) -> dict[str, float]:
         def responses(exam: Exam) -> list[Response]:

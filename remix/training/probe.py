@@ -1,50 +1,108 @@
-"""The proof that weights have reached the inference engine: both are asked for the same log-probs."""
+"""The proof that weights have reached the inference engine: it and the trainer are asked for the same log-probs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from remix.config import Recipe
 from remix.errors import TrainingError
+from remix.models.loading import checkpoint_weights
 from remix.models.policy import Policy
 from remix.types import Engine, Prompt, Request, Rollout, Sampling
 
 PROBE_TOKENS = 16
 DEFAULT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 """Mean |difference| in nats. In bfloat16 kernels differ by about 1e-2; weights of another model by whole nats."""
+DISTURBANCE = 1.0625
+"""A factor on every weight that shows in every dtype, and drives no activation out of bounds."""
 
 
-def check_sync(recipe: Recipe, policy: Policy, engine: Engine, prompts: Sequence[Prompt]) -> dict[str, float]:
-    """Raises TrainingError where engine and trainer are not the same policy. Returns the difference as a metric."""
-    if recipe.rollout.engine.type == "hf":
-        return {}  # it samples from the trainer's own module
-    sampling = Sampling(max_tokens=PROBE_TOKENS, temperature=recipe.rollout.temperature)
-    requests = [Request(prompt.token_ids, seed) for seed, prompt in enumerate(prompts)]
-    rollouts = [
-        Rollout(
-            prompt_ids=torch.tensor(request.prompt_ids),
-            response_ids=completion.response_ids,
-            sampler_logprobs=completion.sampler_logprobs,
-            policy_version=-1,
-            finish_reason=completion.finish_reason,
-            seed=request.seed,
-            text="",
-        )
-        for request, completion in zip(requests, engine.generate(requests, sampling), strict=True)
-    ]
-    scores = policy.score(rollouts, tokens_per_microbatch=recipe.batch.tokens_per_microbatch)
-    difference = torch.cat(
-        [score.logprobs - rollout.sampler_logprobs for score, rollout in zip(scores, rollouts, strict=True)]
+class SyncProbe:
+    """Asked after every sync. It remembers the engine's last answer and what the trainer said of it."""
+
+    def __init__(self, recipe: Recipe, policy: Policy) -> None:
+        self.recipe = recipe
+        self.policy = policy
+        self._answer: list[Rollout] | None = None
+        self._scores: list[Tensor] = []
+
+    def check(self, engine: Engine, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Raises TrainingError where engine and trainer are not the same policy. Returns the difference as a metric.
+
+        `prompts` are the same at every call: the engine draws from them by the same seeds.
+        """
+        if self.recipe.rollout.engine.type == "hf":
+            return {}  # it samples from the trainer's own module
+        answer = self._ask(engine, prompts)
+        scores = [
+            score.logprobs
+            for score in self.policy.score(answer, tokens_per_microbatch=self.recipe.batch.tokens_per_microbatch)
+        ]
+        # The trainer has moved on from the very tokens that the engine gives as ever. An update too small for the
+        # engine's dtype looks like that too, so the weights are made to differ before the engine is accused.
+        stands_still = self._answer is not None and _same(answer, self._answer)
+        if stands_still and not _equal(scores, self._scores) and not self._takes_weights(engine, prompts, answer):
+            raise TrainingError(
+                f"the weight sync changed nothing in the {self.recipe.rollout.engine.type} engine: after the update "
+                "it answers a probe bit for bit as before, though the trainer's log-probs have changed, so it does "
+                "not hold the trained weights. Go on from the last checkpoint with rollout.engine.type: hf"
+            )
+        self._answer, self._scores = answer, scores
+        return {"sampler/probe": self._difference(answer, scores)}
+
+    def _difference(self, answer: Sequence[Rollout], scores: Sequence[Tensor]) -> float:
+        mean = (torch.cat(list(scores)) - torch.cat([r.sampler_logprobs for r in answer])).abs().mean().item()
+        recipe = self.recipe
+        tolerance = recipe.rollout.probe_tolerance or DEFAULT_TOLERANCE[recipe.model.dtype]
+        if not mean <= tolerance:
+            raise TrainingError(
+                f"after the weight sync the {recipe.rollout.engine.type} engine and the trainer differ by {mean:.3g} "
+                f"nats a token on a probe (tolerance {tolerance:g}): the engine does not hold the trained weights, or "
+                "computes them otherwise. Use rollout.engine.type: hf, or if the difference is rounding raise "
+                "rollout.probe_tolerance"
+            )
+        return mean
+
+    def _takes_weights(self, engine: Engine, prompts: Sequence[Prompt], answer: Sequence[Rollout]) -> bool:
+        """Other weights give another answer, and the policy's own then give this one again."""
+        for _ in range(2):  # an engine that is started again amid the first has the policy's weights in place of these
+            engine.sync(self._disturbed_weights())
+            disturbed = not _same(self._ask(engine, prompts), answer)
+            if disturbed:
+                break
+        engine.sync(checkpoint_weights(self.policy.module.lm))
+        return disturbed and _same(self._ask(engine, prompts), answer)
+
+    def _disturbed_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in checkpoint_weights(self.policy.module.lm):
+            yield name, tensor * DISTURBANCE if tensor.is_floating_point() else tensor
+
+    def _ask(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
+        sampling = Sampling(max_tokens=PROBE_TOKENS, temperature=self.recipe.rollout.temperature)
+        requests = [Request(prompt.token_ids, seed) for seed, prompt in enumerate(prompts)]
+        return [
+            Rollout(
+                prompt_ids=torch.tensor(request.prompt_ids),
+                response_ids=completion.response_ids,
+                sampler_logprobs=completion.sampler_logprobs,
+                policy_version=-1,
+                finish_reason=completion.finish_reason,
+                seed=request.seed,
+                text="",
+            )
+            for request, completion in zip(requests, engine.generate(requests, sampling), strict=True)
+        ]
+
+
+def _same(a: Sequence[Rollout], b: Sequence[Rollout]) -> bool:
+    return _equal([r.response_ids for r in a], [r.response_ids for r in b]) and _equal(
+        [r.sampler_logprobs for r in a], [r.sampler_logprobs for r in b]
     )
-    mean = difference.abs().mean().item()
-    tolerance = recipe.rollout.probe_tolerance or DEFAULT_TOLERANCE[recipe.model.dtype]
-    if not mean <= tolerance:
-        raise TrainingError(
-            f"after the weight sync the {recipe.rollout.engine.type} engine and the trainer differ by {mean:.3g} nats "
-            f"a token on a probe (tolerance {tolerance:g}): the engine does not hold the trained weights, or computes "
-            "them otherwise. Use rollout.engine.type: hf, or if the difference is rounding raise "
-            "rollout.probe_tolerance"
-        )
-    return {"sampler/probe": mean}
+
+
+def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Bit for bit."""
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -20,6 +20,7 @@ from remix.models.policy import Policy
 from remix.rollout.hf import HFEngine, SeededSampler
 from remix.rollout.sample import rollout_seed
 from remix.types import Completion, Request, Rollout, Sampling
+from tests.rollout.faults import interruption
 from tests.tiny import make_tiny_model, tiny_recipe
 
 CPU = torch.device("cpu")
@@ -140,6 +141,15 @@ def test_the_engine_leaves_the_module_as_it_was(policy: Policy) -> None:
         engine_of(policy).generate(REQUESTS, Sampling(2))
         assert policy.module.lm.training is training
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.module.state_dict().items())
+
+
+def test_an_interruption_leaves_the_module_as_it_was(policy: Policy) -> None:
+    many = [Request(PROMPTS[-1], seed) for seed in range(1000)]
+    policy.module.train()
+    with interruption(0.2), pytest.raises(InterruptedError):
+        engine_of(policy, eos=[], batch_size=8).generate(many, Sampling(max_tokens=100))
+    assert policy.module.lm.training
+    policy.module.eval()
 
 
 def test_nothing_asked_nothing_drawn(policy: Policy) -> None:

@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from remix.rollout.vllm import VLLMEngine
 from remix.types import Completion, Request, Sampling
+from tests.rollout.faults import assert_identical, interruption, listening
 
 VOCABULARY, EOS = 60, 1  # 60 is no multiple of vLLM's padding (64)
 MAX_MODEL_LEN = 512
@@ -72,10 +74,15 @@ def checkpoint(model: Qwen2ForCausalLM, with_head: bool = True) -> dict[str, Ten
     return weights
 
 
-def cached_tokens(engine: VLLMEngine, prompt: tuple[int, ...]) -> int:
-    """How much of the prompt vLLM takes from its prefix cache."""
-    (output,) = engine._llm.generate({"prompt_token_ids": list(prompt)}, use_tqdm=False)
-    return int(output.num_cached_tokens)
+def cached_tokens(engine: VLLMEngine, requests: list[Request]) -> list[int]:
+    """How much of each prompt a call takes from vLLM's prefix cache."""
+    generate, outputs = engine._llm.generate, []
+    engine._llm.generate = lambda *args, **kwargs: outputs.extend(generate(*args, **kwargs)) or outputs
+    try:
+        engine.generate(requests, Sampling(max_tokens=1))
+    finally:
+        engine._llm.generate = generate
+    return [int(output.num_cached_tokens) for output in outputs]
 
 
 @dataclass
@@ -138,11 +145,11 @@ class TestSampleAndSync:
         sampling = Sampling(max_tokens=24, temperature=temperature)
         if temperature == 1.0:  # once, before any sync: as loaded from the checkpoint
             assert_logprobs_of(case.first, REQUESTS, case.engine.generate(REQUESTS, sampling), temperature)
-        # First weights, second, and first again; twice each, the second time from the prefix cache.
+        # First weights, second, and first again; nothing of an earlier call is taken from the prefix cache.
         for model in (case.first, case.second, case.first):
             case.engine.sync(iter(checkpoint(model, with_head=not case.tied).items()))
-            assert cached_tokens(case.engine, LONG_PROMPT) == 0
-            assert cached_tokens(case.engine, LONG_PROMPT) == 384  # 3 whole blocks of 128
+            # Within a call prompts share 3 whole blocks of 128.
+            assert cached_tokens(case.engine, REQUESTS) == [0, 384, 384, 0, 0, 0]
             got = case.engine.generate(REQUESTS, sampling)
             assert_logprobs_of(model, REQUESTS, got, temperature)
         other = reference_logprobs(case.second, LONG_PROMPT, got[0], temperature)
@@ -175,6 +182,47 @@ class TestSampleAndSync:
         rounded = copy.deepcopy(started.second)
         rounded.load_state_dict(halved)
         assert_logprobs_of(rounded, REQUESTS, got, 1.0)
+
+    @pytest.mark.parametrize("length", [129, 257, 400])
+    def test_a_response_does_not_depend_on_earlier_calls(self, started: Case, length: int) -> None:
+        """Bit for bit, though all but a few tokens of the prompt were cached. Two threads sum a row in another order
+        than they sum the rows of a block."""
+        requests, sampling = [Request(LONG_PROMPT[:length], 0)], Sampling(max_tokens=16)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            fresh = started.engine.generate(requests, sampling)
+            assert_identical(started.engine.generate(requests, sampling), fresh)
+            started.engine.generate([Request(LONG_PROMPT, 9), *REQUESTS[::-1]], Sampling(max_tokens=40))
+            started.engine.sync(checkpoint(started.first).items())
+            assert_identical(started.engine.generate(requests, sampling), fresh)
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_an_interrupted_call_leaves_nothing_to_the_next(self, started: Case) -> None:
+        sampling = Sampling(max_tokens=16)
+        before = started.engine.generate(REQUESTS, sampling)
+        many = [Request(LONG_PROMPT[: 200 + seed % 100], seed) for seed in range(300)]
+        for delay in (0.05, 0.3):
+            with interruption(delay), pytest.raises(InterruptedError):
+                started.engine.generate(many, Sampling(max_tokens=100))
+            assert started.engine._llm.llm_engine.get_num_unfinished_requests() == 0
+            assert_identical(started.engine.generate(REQUESTS, sampling), before)
+
+    def test_prompts_that_are_longer_together_than_a_batch(self, started: Case) -> None:
+        """A prompt cut in two by the end of a batch would sample its first token twice."""
+        many = [Request((*LONG_PROMPT[:100], 2 + i % 50, 2 + i // 50), i) for i in range(60)]
+        got = started.engine.generate(many, Sampling(max_tokens=4))
+        assert_logprobs_of(started.first, many, got, 1.0)
+        alone = started.engine.generate(many[40:41], Sampling(max_tokens=4))
+        assert alone[0].response_ids.tolist() == got[40].response_ids.tolist()
+
+    def test_it_listens_to_no_other_machine(self, started: Case) -> None:
+        with socket.socket() as open_to_all:  # what would be found
+            open_to_all.bind(("0.0.0.0", 0))
+            open_to_all.listen()
+            assert [address for address in listening(os.getpid()) if not address.is_loopback]
+        assert [address for address in listening(os.getpid()) if not address.is_loopback] == []
 
     def test_the_seed_alone_determines_a_response(self, started: Case) -> None:
         sampling = Sampling(max_tokens=32)
@@ -300,6 +348,13 @@ class TestOwnEngine:
         finally:
             torch.set_float32_matmul_precision("highest")
             torch.distributed.destroy_process_group()
+
+    def test_pickled_weights_are_not_read(self, model: Qwen2ForCausalLM, tmp_path: Path) -> None:
+        path = saved(model, tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"no weights as safetensors.*Save it with save_pretrained"):
+            VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03)
 
     def test_a_head_that_the_checkpoint_stores_beside_its_embedding(
         self, model: Qwen2ForCausalLM, tmp_path: Path
