@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from remix.evaluation import command as evaluation
+from remix.terminal import Parser, guard_tracebacks, print_error
 
 # Nothing heavy up here: `remix --help` answers at once.
 
@@ -29,6 +30,7 @@ ACCELERATE_LAUNCH = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    guard_tracebacks()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
@@ -46,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.command(args, recipe, overrides))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="remix", description="Reinforcement fine-tuning of language models that replays its rollouts."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
@@ -140,7 +142,7 @@ def _plan(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]
 
     from remix.training.plan_view import render
 
-    Console().print(render(plan))
+    Console(markup=False, emoji=False).print(render(plan))
     return 0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from remix.terminal import Parser, guard_tracebacks, print_error
 
 if TYPE_CHECKING:
     from remix.config import Recipe
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 training stopped on an error, 2 the request itself is wrong, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="remix.train", description="Trains a recipe.")
+    guard_tracebacks()
+    parser = Parser(prog="remix.train", description="Trains a recipe.")
     parser.add_argument(
         "words",
         nargs="*",
@@ -35,16 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(path, overrides)
         run(recipe, path, resume=options.resume is not None)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except OSError as error:
-        print(
-            f"error: {error}. What was written before is whole: free space or mend the path, then go on with "
-            f"--resume {recipe.run_dir}",
-            file=sys.stderr,
+        print_error(
+            f"{error}. What was written before is whole: free space or mend the path, then go on with "
+            f"--resume {recipe.run_dir}"
         )
         return 1
     except KeyboardInterrupt:
@@ -83,7 +84,7 @@ def run(recipe: Recipe, recipe_path: str = "recipe.yaml", *, resume: bool = Fals
         trainer.fit()
         result = finish(trainer, recipe_path)
     if cluster.is_main:
-        Console().print(before_after_table(result))
+        Console(markup=False, emoji=False).print(before_after_table(result))
     return result
 
 

@@ -16,6 +16,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "remix"
 FLOORS = {
     "remix.types": 0,
     "remix.errors": 0,
+    "remix.formats": 0,
+    "remix.secrets": 0,
+    "remix.terminal": 0,
     "remix.algorithms": 1,
     "remix.config": 2,
     "remix.replay": 2,
