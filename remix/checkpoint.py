@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from remix.formats import NOT_READ, first_pickled
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -62,7 +64,10 @@ def saved(run_dir: Path) -> list[Path]:
 
 
 def load_latest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None where there is none yet."""
+    """The newest checkpoint, or None where there is none yet. Raises ValueError where another program's lie there."""
+    pickled = first_pickled(run_dir / "checkpoints", ["*", "*/*"])
+    if pickled is not None:
+        raise ValueError(f"{pickled}: {NOT_READ}; checkpoints of this project are safetensors and JSON: move it away")
     folders = saved(run_dir)
     if not folders:
         return None

@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="remix", description="Reinforcement fine-tuning of language models that replays its rollouts."
-    )
+    parser = Parser(prog="remix", description="Reinforcement fine-tuning of language models that replays its rollouts.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")

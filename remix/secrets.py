@@ -14,7 +14,9 @@ SHORTEST = 8
 """Characters of a value that counts: shorter ones occur everywhere."""
 REMOVED = "[secret]"
 
-_NAME = re.compile(r"(?:^|_)(?:KEY|PAT|AUTH|CREDENTIALS?)$|_PWD$|(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|APIKEY)(?:_|$)")
+_NAME = re.compile(
+    r"(?:^|_)(?:KEY|PAT|AUTH|CREDENTIALS?)$|_PWD$|(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|APIKEY)(?:_|$)"
+)
 _PLACE = re.compile(r"_(?:PATH|FILE|DIR|SOCK|URL|NAME|ID)$")
 """Names of variables that say where a credential lies, not what it is."""
 

@@ -45,7 +45,7 @@ DOORS = {
     "transformers": {"remix.models.loading", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
-    "safetensors": {"remix.checkpoint"},
+    "safetensors": {"remix.checkpoint", "remix.models.loading"},
 }
 """The modules that may import a heavy library."""
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from remix.formats import NOT_READ, first_pickled
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 ADAPTER_FILES = ("adapter_*.json", "adapter_*.safetensors")
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*")
 """What text becomes as token ids, and back."""
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONVERT = (
+    "convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder) writes "
+    "safetensors"
+)
 
 
 def find(path: str, revision: str | None, patterns: Iterable[str], what: str) -> Path:
@@ -32,6 +41,42 @@ def find(path: str, revision: str | None, patterns: Iterable[str], what: str) ->
             f"{what} {path}: no such directory, and not to be had from the hub ({cause}); "
             "check the name and the network, or give a directory"
         ) from error
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ValueError where a folder's weights are not all there, in safetensors."""
+    if (folder / INDEX).is_file():
+        try:
+            shards = sorted(
+                {str(shard) for shard in json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()}
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{folder / INDEX}: not an index of weights; save or download the model again") from None
+        # Whatever the index names would be opened, by its suffix.
+        odd = [shard for shard in shards if Path(shard).name != shard or not shard.endswith(".safetensors")]
+        if odd:
+            raise ValueError(f"{folder / INDEX}: names {odd[0]!r}, which is no safetensors file beside it; {CONVERT}")
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
+    elif not any(folder.glob("*.safetensors")):
+        pickled = first_pickled(folder)
+        if pickled is not None:
+            raise ValueError(f"{pickled}: {NOT_READ}; {CONVERT}")
+        raise ValueError(f"{folder}: no weights (*.safetensors): save or download the model there")
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises ValueError where a folder holds no adapter's weights in safetensors."""
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return
+    pickled = first_pickled(folder, ["adapter_*"])
+    if pickled is not None:
+        raise ValueError(
+            f"{pickled}: {NOT_READ}; convert it where you trust it: "
+            "PeftModel.from_pretrained(base, folder).save_pretrained(folder) writes safetensors"
+        )
+    raise ValueError(f"{folder}: no {ADAPTER_WEIGHTS} there, as PEFT saves it")
 
 
 def commit(folder: Path) -> str | None:

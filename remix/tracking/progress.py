@@ -93,7 +93,9 @@ class Progress:
             self._console.out(showable(text), highlight=False)
 
     def _display(self) -> RenderableType:
-        head = Text.assemble((showable(self.name), "bold"), ("  ->  ", "dim"), (showable(self.run_dir), "dim"), no_wrap=True)
+        head = Text.assemble(
+            (showable(self.name), "bold"), ("  ->  ", "dim"), (showable(self.run_dir), "dim"), no_wrap=True
+        )
         bar = Table.grid(padding=(0, 2), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1, min_width=10)
