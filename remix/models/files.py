@@ -10,7 +10,9 @@ from typing import Any
 
 from remix.formats import NOT_READ, first_pickled
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+"""All that comes with weights: configuration, tokenizer, chat template."""
+MODEL_FILES = (*SMALL_FILES, "*.safetensors")
 ADAPTER_FILES = ("adapter_*.json", "adapter_*.safetensors")
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*")
 """What text becomes as token ids, and back."""
@@ -27,15 +29,20 @@ def find(path: str, revision: str | None, patterns: Iterable[str], what: str) ->
     """The folder of a directory or hub id; from the hub it is fetched, unless it was before. Raises ValueError."""
     if Path(path).is_dir():
         return Path(path).resolve()
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists():
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists():
         raise ValueError(f"{what} {path}: no such directory; it must be a hub id, or a directory as saved")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         # Beside its checkpoint, a repository may hold copies in other formats and folders.
         ignored = ["*/*", "consolidated*"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignored))
     except (OSError, ValueError) as error:  # not there, no such revision, gated, no network
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(
+                f"{what} {path}: no such directory, and not fetched from the hub before, which HF_HUB_OFFLINE keeps "
+                "it from: unset that, or give a directory"
+            ) from error
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{what} {path}: no such directory, and not to be had from the hub ({cause}); "

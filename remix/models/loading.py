@@ -28,6 +28,8 @@ MERGEABLE = frozenset(
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """Raises ValueError where there is none, or none that matches."""
+    # First, since without the files transformers tries for a minute.
+    files.find(config.path, config.revision, files.SMALL_FILES, "model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
