@@ -1,8 +1,9 @@
-"""Text from outside (models, data sets, libraries' errors) on its way to a terminal or a log."""
+"""Text from outside (models, data sets, libraries' errors) on its way to a terminal, a log or a page."""
 
 from __future__ import annotations
 
 import argparse
+import html
 import re
 import sys
 import traceback
@@ -30,6 +31,19 @@ def printable(text: str) -> str:
 def showable(text: object) -> str:
     """Safe to show, and free of credentials."""
     return printable(redact(str(text)))
+
+
+def markdown_text(text: str) -> str:
+    """Shown by Markdown as it stands: no HTML, on one line."""
+    return " ".join(html.escape(showable(text), quote=False).split())
+
+
+def markdown_code(text: str) -> str:
+    """As code in a line of Markdown, in which neither HTML nor Markdown counts."""
+    text = " ".join(showable(text).split("\n"))
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def print_error(text: object) -> None:
