@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remix.durable import DamagedError, check_file, check_manifest, folder_written_whole, link
+from remix.formats import NOT_READ, first_pickled
 
 FILES = "files"
 """Of the state: files of the run directory that the checkpoint counts on, with their SHA-256."""
@@ -69,8 +70,12 @@ def saved(run_dir: Path) -> list[Path]:
 def load_newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint, None where there is none at all.
 
-    Damaged ones are passed over with a warning that names them. Raises ValueError where all are.
+    Damaged ones are passed over with a warning that names them. Raises ValueError where all are, or where another
+    program's lie there.
     """
+    pickled = first_pickled(run_dir / "checkpoints", ["*", "*/*"])
+    if pickled is not None:
+        raise ValueError(f"{pickled}: {NOT_READ}; checkpoints of this project are safetensors and JSON: move it away")
     folders = saved(run_dir)
     for folder in reversed(folders):
         try:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from remix.evaluation import command as evaluation
+from remix.terminal import Parser, guard_tracebacks, print_error
 from remix.training.resume import add_resume_options
 
 # Nothing heavy up here: `remix --help` answers at once.
@@ -32,6 +33,7 @@ ACCELERATE_LAUNCH = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    guard_tracebacks()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
@@ -49,14 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.command(args, recipe, overrides))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remix", description="Reinforcement fine-tuning of language models that replays its rollouts."
-    )
+    parser = Parser(prog="remix", description="Reinforcement fine-tuning of language models that replays its rollouts.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -143,7 +143,7 @@ def _plan(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]
 
     from remix.training.plan_view import render
 
-    Console().print(render(plan))
+    Console(markup=False, emoji=False).print(render(plan))
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from remix.terminal import Parser, guard_tracebacks, print_error
 from remix.training.resume import EXIT_FILE, add_resume_options, resolve
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 training stopped on an error, 2 the request itself is wrong, 75 interrupted by SIGTERM or
     Ctrl-C and saved, 130 interrupted a second time and not saved. After 1, 75 and 130 the run goes on with --resume."""
-    parser = argparse.ArgumentParser(prog="remix.train", description="Trains a recipe.")
+    guard_tracebacks()
+    parser = Parser(prog="remix.train", description="Trains a recipe.")
     parser.add_argument(
         "words",
         nargs="*",
@@ -51,16 +53,15 @@ def _run(options: argparse.Namespace) -> int:
             interruption.grace = recipe.faults.grace
             run(recipe, path, resume=resume, allow_changed=options.allow_changed, interruption=interruption)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_FAILED
     except OSError as error:
-        print(
-            f"error: {error}. What was written before is whole: free space or mend the path, then go on with "
-            f"--resume {recipe.run_dir if recipe else options.resume}",
-            file=sys.stderr,
+        print_error(
+            f"{error}. What was written before is whole: free space or mend the path, then go on with "
+            f"--resume {recipe.run_dir if recipe else options.resume}"
         )
         return EXIT_FAILED
     except Interrupted:
@@ -113,7 +114,7 @@ def run(
         trainer.fit()
         result = finish(trainer, recipe_path)
     if cluster.is_main:
-        Console().print(before_after_table(result))
+        Console(markup=False, emoji=False).print(before_after_table(result))
     return result
 
 

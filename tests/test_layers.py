@@ -17,6 +17,9 @@ FLOORS = {
     "remix.types": 0,
     "remix.errors": 0,
     "remix.durable": 1,
+    "remix.formats": 0,
+    "remix.secrets": 0,
+    "remix.terminal": 0,
     "remix.algorithms": 1,
     "remix.config": 2,
     "remix.replay": 2,
@@ -43,7 +46,7 @@ DOORS = {
     "transformers": {"remix.models.loading", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
-    "safetensors": {"remix.checkpoint", "remix.rollout.frames"},
+    "safetensors": {"remix.checkpoint", "remix.models.loading", "remix.rollout.frames"},
 }
 """The modules that may import a heavy library."""
 

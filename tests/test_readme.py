@@ -46,8 +46,10 @@ def test_every_command_runs(tmp_path: Path) -> None:
     assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_every_link_leads_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md"])
+def test_every_link_leads_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
 

@@ -26,6 +26,7 @@ from remix.config.data import LengthReward, PromptConfig, RewardConfig, TaskConf
 from remix.config.model import LoraAdapter, ModelConfig, NoAdapter, SeparateCritic, SharedCritic
 from remix.config.rollout import BatchConfig, RolloutConfig
 from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
+from remix.secrets import find_secret, redact
 
 
 class Recipe(Block):
@@ -149,7 +150,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a directory; name one of its recipes") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+        raise RecipeError(f"{path}: not readable as YAML: {_yaml_problem(error)}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this holds {type(data).__name__}")
     data = _anchor_paths(data, path.parent)
@@ -160,6 +161,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(data: dict[str, Any], source: str = "recipe") -> Recipe:
     """Checks plain data against the schema. Raises RecipeError with one line a problem."""
+    # First of all: messages about what else is wrong quote values.
+    secrets = list(_secrets(data))
+    if secrets:
+        raise RecipeError("\n".join(f"{source}: {problem}" for problem in secrets))
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -169,6 +174,34 @@ def parse_recipe(data: dict[str, Any], source: str = "recipe") -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where, without the lines around it, which may hold anything."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return redact(str(error).splitlines()[0])
+    mark = error.problem_mark
+    where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return redact(f"{error.problem}{where}")
+
+
+def _secrets(data: Any, place: str = "") -> Iterator[str]:
+    """One problem for each key or value that holds a credential, which is named but not repeated."""
+    if isinstance(data, dict | list):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            inner = f"{place}.{key}" if place else str(key)
+            if isinstance(key, str) and (found := find_secret(key)):
+                yield _SECRET.format(place=redact(inner), found=found)
+            else:
+                yield from _secrets(value, inner)
+    elif data is not None and (found := find_secret(str(data))):
+        yield _SECRET.format(place=place, found=found)
+
+
+_SECRET = (
+    "{place}: holds {found}, and a recipe is copied into logs and checkpoints: take it out, and leave it in the "
+    "environment, where the library that needs it looks (HF_TOKEN, WANDB_API_KEY)"
+)
 
 
 def _anchor_paths(data: Any, folder: Path) -> Any:
@@ -187,6 +220,8 @@ def _anchor_paths(data: Any, folder: Path) -> Any:
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    if found := find_secret(override):
+        raise RecipeError(f"override of {_SECRET.format(place=redact(key), found=found)}")
     if not equals or not key:
         raise RecipeError(f"override '{override}': expected dotted.key=value, for example optimizer.lr=1e-5")
     try:

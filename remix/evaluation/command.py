@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from remix.secrets import redact
+from remix.terminal import showable
+
 USAGE = (
     "remix eval --model M [--adapter A] [--benchmarks math | aime24,math500,...] [--samples k] [--temperature t]\n"
     "                  [--top-p q] [--max-tokens n] [--engine vllm|hf] [--data-dir DIR] [--limit n] [--seed s]\n"
@@ -86,16 +89,16 @@ def main(options: argparse.Namespace, arguments: Sequence[str], *, has_gpu: bool
         batch_size=options.batch_size,
         workers=options.workers or min(os.cpu_count() or 1, 8),
         timeout=options.timeout,
-        command=shlex.join(["remix", "eval", *arguments]),
+        command=redact(shlex.join(["remix", "eval", *arguments])),
     )
     try:
         summary = run(request)
     except KeyboardInterrupt:
-        print(f"stopped; the same command with --out {request.out} --resume goes on", file=sys.stderr)
+        print(showable(f"stopped; the same command with --out {request.out} --resume goes on"), file=sys.stderr)
         return 130
     show(summary)
     used = "used" if summary["run"]["chat_template"] else "not used"
-    print(f"chat template {used}; {request.out}/summary.md says how to repeat it")
+    print(showable(f"chat template {used}; {request.out}/summary.md says how to repeat it"))
     return 0
 
 

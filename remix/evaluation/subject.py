@@ -130,8 +130,6 @@ def find_subject(
         check_model_directory(folder)
     except ValueError as error:
         raise ValueError(f"--model {error}") from None
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"--model {model}: no weights there (*.safetensors), as save_pretrained writes them")
     config = ModelConfig(path=str(folder))
     return Subject(
         model=model,
@@ -153,6 +151,10 @@ def _check_base(adapter: str, adapter_folder: Path, model: str, folder: Path) ->
     """Shapes alone do not tell a base from its instruct version; the adapter says what it was trained on."""
     if not (adapter_folder / files.ADAPTER_CONFIG).exists():
         raise ValueError(f"--adapter {adapter}: no {files.ADAPTER_CONFIG} there, as PEFT saves it")
+    try:
+        files.check_adapter(adapter_folder)
+    except ValueError as error:
+        raise ValueError(f"--adapter {error}") from None
     recorded = _recorded_base(adapter_folder)
     if recorded is None or _same_model(recorded, model, folder):
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from remix.evaluation.evaluate import Evaluation
 from remix.evaluation.scores import bootstrap_interval, macro_average, macro_interval
+from remix.terminal import markdown_code, markdown_text, showable
 
 COLUMNS = (
     "benchmark",
@@ -93,15 +95,15 @@ def rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def show(summary: Mapping[str, Any]) -> None:
     """The table and what its columns mean, on standard output."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # a file or a pipe has no width to fit
-        console = Console(width=WIDE)
+        console = Console(width=WIDE, markup=False, emoji=False)
     drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for name in COLUMNS:
         heading = name.replace(" ", "\n").replace("reflecting", "reflec-\nting")
         drawn.add_column(heading, justify="left" if name == "benchmark" else "right", overflow="fold", no_wrap=True)
     for row in rows(summary):
-        drawn.add_row(*row, style="bold" if row[0] == "average" else None)
+        drawn.add_row(*map(showable, row), style="bold" if row[0] == "average" else None)
     console.print(drawn)
     console.print(LEGEND, style="dim", highlight=False)
 
@@ -110,7 +112,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """All that is needed to have the same numbers again."""
     run, session = summary["run"], summary["session"]
     lines = [
-        f"# {run['model']['path']}" + (f" with {run['adapter']['path']}" if run["adapter"] else ""),
+        f"# {markdown_text(run['model']['path'])}"
+        + (f" with {markdown_text(run['adapter']['path'])}" if run["adapter"] else ""),
         "",
         *_markdown_table([COLUMNS, *rows(summary)]),
         "",
@@ -118,9 +121,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "",
         "## How to repeat it",
         "",
-        "```",
-        session["command"],
-        "```",
+        textwrap.indent(showable(session["command"]), "    "),  # a block that its text cannot end
         "",
         *_markdown_table([("", ""), *_facts(summary)]),
         "",
@@ -135,13 +136,13 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     run, session = summary["run"], summary["session"]
     model, adapter = run["model"], run["adapter"]
-    yield "model", f"`{model['path']}`" + (f" at commit {model['commit']}" if model["commit"] else "")
+    yield "model", markdown_code(model["path"]) + (f" at commit {model['commit']}" if model["commit"] else "")
     for part, files in summary["files"].items():
         yield (
             f"{part}, sha256",
-            "<br>".join([f"`{files['sha256']}`", *(f"{n}: `{h}`" for n, h in files["files"].items())]),
+            "<br>".join([f"`{files['sha256']}`", *(f"{markdown_text(n)}: `{h}`" for n, h in files["files"].items())]),
         )
-    yield "adapter", "none" if adapter is None else f"`{adapter['path']}`, merged into the weights"
+    yield "adapter", "none" if adapter is None else f"{markdown_code(adapter['path'])}, merged into the weights"
     yield "chat template", f"used, sha256 `{run['chat_template']}`" if run["chat_template"] else "not used"
     yield "engine", f"{run['engine']['name']}, {run['engine']['dtype']}, on {session['device']}"
     yield "seed", f"{run['seed']}; that of a response is derived from it, the problem's id and the sample's number"
@@ -151,23 +152,27 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _benchmark(benchmark: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "title", data["title"]
-    yield "licence", data["licence"]
-    yield "data", f"{data['source']}, revision {data['revision'] or 'none'}"
+    yield "title", markdown_text(data["title"])
+    yield "licence", markdown_text(data["licence"])
+    yield "data", f"{markdown_text(data['source'])}, revision {data['revision'] or 'none'}"
     yield "problems", f"{benchmark['problems']} of {data['of']}, sha256 `{benchmark['sha256']}` of problems and golds"
     yield (
         "template",
-        f"`{benchmark['template']}`" + (f", system `{benchmark['system']}`" if benchmark["system"] else ""),
+        markdown_code(benchmark["template"])
+        + (f", system {markdown_code(benchmark['system'])}" if benchmark["system"] else ""),
     )
     yield (
         "sampling",
         f"{benchmark['samples']} a problem, temperature {benchmark['temperature']:g}, top-p {benchmark['top_p']:g}, "
         f"at most {benchmark['max_tokens']:,} tokens",
     )
-    yield "grader", ", ".join(f"{key} {value}" for key, value in benchmark["grader"].items() if value is not None)
-    yield "reflection phrases", ", ".join(f"`{phrase}`" for phrase in benchmark["reflection_phrases"])
+    yield (
+        "grader",
+        markdown_text(", ".join(f"{key} {value}" for key, value in benchmark["grader"].items() if value is not None)),
+    )
+    yield "reflection phrases", ", ".join(map(markdown_code, benchmark["reflection_phrases"]))
     if data["notes"]:
-        yield "notes", data["notes"]
+        yield "notes", markdown_text(data["notes"])
 
 
 def _markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:

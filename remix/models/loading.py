@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from remix.config import LoraAdapter, ModelConfig, NoAdapter, Recipe, SeparateCritic
+from remix.durable import write_json
+from remix.models import files
 from remix.models.actor_critic import ActorCritic
 
 ADAPTER = "policy_adapter"
 """PEFT matches adapter names against parts of parameter paths when it saves, so the name must be unmistakable."""
 
+MERGEABLE = frozenset(
+    {"ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT"}
+    | {"RANDLORA", "ROAD", "SHIRA", "VBLORA", "VERA"}
+)
+"""PEFT's types whose whole effect is on the weights. Others may name further models and tokenizers to load."""
+
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """Raises ValueError where there is none, or none that matches."""
+    # First, since without the files transformers tries for a minute.
+    files.find(config.path, config.revision, files.SMALL_FILES, "model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -61,7 +73,9 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
         nn.init.zeros_(value_head.bias)
         if isinstance(recipe.critic, SeparateCritic):
             path = recipe.critic.path or config.path
-            source = config if path == config.path else ModelConfig(path=path, dtype=config.dtype)
+            revision = recipe.critic.revision
+            same = path == config.path and revision in (None, config.revision)
+            source = config if same else ModelConfig(path=path, revision=revision, dtype=config.dtype)
             critic = _load(AutoModel, source, dtype=torch.float32)
             if config.gradient_checkpointing:
                 critic.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -133,14 +147,20 @@ def merge_saved_adapter(lm: Any, folder: Path) -> Any:
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     wrong = f"the adapter {folder} does not fit this model, so it was trained on another"
+    files.check_adapter(folder)  # PEFT would go on to look for a pickle
     try:
         config = PeftConfig.from_pretrained(str(folder))
         weights = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the adapter {folder}: not a saved PEFT adapter ({_first_line(error)})") from error
     if not weights:
         raise ValueError(f"the adapter {folder}: it holds no weights")
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in MERGEABLE:
+        raise ValueError(f"the adapter {folder}: a {kind} adapter cannot be merged into the weights")
     config.inference_mode = True
+    if getattr(config, "megatron_config", None):
+        config.megatron_config = None  # with it PEFT imports whatever module the file names
     try:
         adapted = PeftModel(lm, config, adapter_name=ADAPTER)
         loaded = set_peft_model_state_dict(adapted, weights, adapter_name=ADAPTER)
@@ -151,8 +171,6 @@ def merge_saved_adapter(lm: Any, folder: Path) -> Any:
     if loaded.unexpected_keys or missing:
         odd = [*loaded.unexpected_keys, *missing]
         raise ValueError(f"{wrong}: {odd[0]} and {len(odd) - 1} more weights are on one side only")
-    if not hasattr(adapted.base_model, "merge_and_unload"):
-        raise ValueError(f"the adapter {folder}: a {config.peft_type.value} adapter cannot be merged into the weights")
     return adapted.merge_and_unload()
 
 
@@ -221,11 +239,20 @@ def save_model(lm: Any, tokenizer: Any, folder: Path, *, base_changed: bool) -> 
     tokenizer.save_pretrained(folder)
 
 
+_SETS = ("target_modules", "exclude_modules")
+
+
 def _lift_adapter(folder: Path) -> None:
     nested = folder / ADAPTER
     for file in nested.iterdir():
         file.replace(folder / file.name)
     nested.rmdir()
+    # PEFT writes sets in whatever order they have in this process.
+    path = folder / files.ADAPTER_CONFIG
+    config = {
+        k: sorted(v) if k in _SETS and isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()
+    }
+    write_json(path, config)
 
 
 def _merged_weight(layer: Any) -> Tensor:
@@ -253,6 +280,8 @@ def _zero_head(hidden_size: int) -> nn.Linear:
 
 
 def _load(auto: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
+    # First, since transformers opens whatever an index names.
+    files.check_weights(files.find(config.path, config.revision, files.MODEL_FILES, "model"))
     try:
         return auto.from_pretrained(
             config.path,
@@ -262,7 +291,7 @@ def _load(auto: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(_not_found(config, "weights", error)) from error
 
 
@@ -276,6 +305,11 @@ def _config(config: ModelConfig) -> Any:
 
 
 def _not_found(config: ModelConfig, what: str, error: Exception) -> str:
+    if not config.trust_remote_code and "trust_remote_code" in str(error):
+        return (
+            f"model {config.path}: it comes with Python code of its own, which is not run. Choose a model that "
+            "transformers knows, or, where you have read and trust that code, train with model.trust_remote_code: true"
+        )
     return (
         f"model {config.path}: no usable {what} there ({_first_line(error)}). It must be a hub id, or a directory with "
         "config.json, safetensors weights and a tokenizer, as save_pretrained writes them"

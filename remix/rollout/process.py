@@ -25,7 +25,7 @@ from torch import Tensor
 
 from remix.errors import TrainingError
 from remix.rollout import frames
-from remix.tracking.progress import printable
+from remix.terminal import printable
 from remix.types import Completion, Request, Sampling
 
 START_SECONDS = 1800.0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from remix.formats import refuse_pickled
 from remix.tasks.benchmark import load_benchmarks
 from remix.tasks.jsonl import read_rows
 from remix.tasks.problems import load_problems
@@ -63,6 +64,7 @@ def load_exclusion(entries: Sequence[str], data_dir: str | None = None, overlap:
     """
     problems, ids = list[str](), set[str]()
     for entry in entries:
+        refuse_pickled(entry, "list ids as .json, problems as .jsonl")
         if not entry.endswith(SUFFIXES):
             folder = Path(data_dir) if data_dir is not None else None
             for benchmark in load_benchmarks([entry]):

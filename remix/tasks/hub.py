@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from remix.config import HubTask
+from remix.formats import NOT_READ, first_pickled, refuse_pickled
 from remix.tasks.rows import Row, Split, cut, to_prompts
 from remix.types import Prompt
 
-BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 """By suffix: what reads a single file."""
+FORMATS = frozenset(BUILDERS.values())
+"""What a data set may consist of: tables of plain values, which cannot hold code."""
+REMEDY = "write the problems as Parquet or JSON lines"
 
 
 def load_hub(config: HubTask, split: Split, task: str) -> list[Prompt]:
@@ -32,18 +36,36 @@ def _rows(config: HubTask, split: str, limit: int | None) -> Iterator[Row]:
 
 def load_rows(path: str, *, name: str | None, revision: str | None, split: str) -> Any:
     """One split as `datasets` gives it. Raises ValueError with the cause in one line."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     wanted, files = path, None
     if Path(path).is_file():
+        refuse_pickled(path, REMEDY)
         if Path(path).suffix not in BUILDERS:
             raise ValueError(f"{path}: files are read by suffix, one of {', '.join(BUILDERS)}; rename or convert it")
         path, files = BUILDERS[Path(path).suffix], path
+    elif path in FORMATS | {"pandas", "webdataset"}:
+        raise ValueError(f"the data set '{path}': that is a format; name a data set of the hub, a folder or a file")
     try:
-        return load_dataset(path, name=name, revision=revision, split=split, data_files=files)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError) as error:
+        builder = load_dataset_builder(path, name=name, revision=revision, data_files=files)
+        # `datasets` has readers for dozens of formats, some of which unpickle.
+        chosen = type(builder).__module__.rpartition(".")[2]
+        if chosen not in FORMATS | {"cache"}:  # what it made of such files before, where there is no network now
+            raise ValueError(f"its files are of the kind '{chosen}', of {', '.join(sorted(FORMATS))} is read; {REMEDY}")
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+    except (
+        DatasetNotFoundError,
+        DatasetGenerationError,
+        FileNotFoundError,
+        ConnectionError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         cause = " ".join(str(error).split())
+        if Path(path).is_dir() and (pickled := first_pickled(Path(path), ["**/*"])) is not None:
+            cause = f"{cause}; {pickled}: {NOT_READ}, {REMEDY}"
         raise ValueError(
             f"the data set '{wanted}' (name {name}, split {split}) cannot be loaded: {cause}; "
             "check `path`, `name`, `split` and the network, or give a local folder or file"

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from remix.tracking.progress import clock, printable
+from remix.terminal import showable
+from remix.tracking.progress import clock
 
 LINE_SECONDS = 10.0
 """Between two plain lines, unless a stage has ended."""
@@ -26,7 +27,7 @@ class Countdown:
         self._bar: Progress | None = None
         if self._console.is_interactive:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[clocks]}"),
@@ -52,7 +53,7 @@ class Countdown:
     def advance(self, count: int, stage: str, fact: str = "") -> None:
         """So many more are done, in this stage; `fact` is a word on how it goes."""
         self._done += count
-        text = "  ".join(printable(part) for part in (stage, fact) if part)
+        text = "  ".join(showable(part) for part in (stage, fact) if part)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=text, clocks=self._clocks())
         elif self._done == self._total or time.monotonic() - self._last_line >= LINE_SECONDS:
@@ -61,7 +62,7 @@ class Countdown:
 
     def message(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(Text(printable(text)), soft_wrap=True)
+        self._console.print(Text(showable(text)), soft_wrap=True)
 
     def _clocks(self) -> str:
         elapsed = time.monotonic() - self._started

@@ -9,6 +9,7 @@ import yaml
 
 from remix import __version__
 from remix.config import Recipe
+from remix.terminal import markdown_code, markdown_text
 
 
 def model_card(recipe: Recipe, result: Mapping[str, Any]) -> str:
@@ -27,7 +28,7 @@ def model_card(recipe: Recipe, result: Mapping[str, Any]) -> str:
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---
 
-# {recipe.model.path.rstrip("/").rsplit("/", 1)[-1]}, fine-tuned with ReMix
+# {markdown_text(recipe.model.path.rstrip("/").rsplit("/", 1)[-1])}, fine-tuned with ReMix
 
 Reinforcement fine-tuning by ReMix {__version__} (arXiv 2507.06892): {recipe.advantage.type} advantages, {phases}.
 
@@ -40,7 +41,7 @@ Reinforcement fine-tuning by ReMix {__version__} (arXiv 2507.06892): {recipe.adv
 | rollouts generated | {result["rollouts"]:,} |
 | reincarnated before steps | {", ".join(map(str, result["reincarnations"])) or "never"} |
 | seconds | {result["seconds"]:.0f} |
-| recipe | `{result["recipe"]}` |
+| recipe | {markdown_code(result["recipe"])} |
 | seed | {recipe.seed} |
 
 The resolved recipe is `recipe.yaml` of the run directory.
@@ -56,7 +57,7 @@ def _evaluated_on(recipe: Recipe) -> str:
         "max tokens": config.max_tokens or recipe.rollout.max_tokens,
     }
     settings = [f"{name} {value}" for name, value in asked.items() if value is not None]
-    problems = ", ".join(config.benchmarks) or f"{config.prompts} held-out problems"
+    problems = markdown_text(", ".join(config.benchmarks)) or f"{config.prompts} held-out problems"
     return "; ".join([problems, *settings])
 
 

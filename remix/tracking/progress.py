@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -16,26 +15,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from remix.terminal import showable
+
 REWARD, PASS_AT_1, ROLLOUTS = "reward/mean", "eval/pass@1", "rollouts"
 """The metrics shown, where a step has them; the last value stays until there is a newer one."""
 
 RECENT_STEPS = 20
 """Steps over which pace is averaged."""
-
-_ESCAPES = re.compile(
-    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links
-    r"|[\x1b\x9b]\[?[0-?]*[ -/]*[@-~]"  # colours, cursor movements
-)
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
-    "\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they turn the writing direction of what follows
-    "\ud800-\udfff]"  # halves of characters, which no terminal can be sent
-)
-
-
-def printable(text: str) -> str:
-    """Text from a model, safe to show: it can move no cursor, change no colour, hide nothing."""
-    return _INVISIBLE.sub("", _ESCAPES.sub("", text))
 
 
 class Progress:
@@ -96,7 +82,7 @@ class Progress:
     def message(self, text: str) -> None:
         """A line that stays."""
         if self._live is not None:
-            self._live.console.print(Text(printable(text)))
+            self._live.console.print(Text(showable(text)))
         else:
             self._line(text)
 
@@ -104,10 +90,12 @@ class Progress:
 
     def _line(self, text: str) -> None:
         if self._enabled:
-            self._console.out(printable(text), highlight=False)
+            self._console.out(showable(text), highlight=False)
 
     def _display(self) -> RenderableType:
-        head = Text.assemble((self.name, "bold"), ("  ->  ", "dim"), (self.run_dir, "dim"), no_wrap=True)
+        head = Text.assemble(
+            (showable(self.name), "bold"), ("  ->  ", "dim"), (showable(self.run_dir), "dim"), no_wrap=True
+        )
         bar = Table.grid(padding=(0, 2), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1, min_width=10)

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from remix.terminal import showable
 from remix.tracking.progress import clock
 
 OUTPUTS = {"model": "final", "rollout log": "rollouts", "metrics": "metrics.jsonl"}
@@ -30,12 +31,12 @@ def before_after_table(result: Mapping[str, Any]) -> RenderableType:
     facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
-    facts.add_row("recipe", str(result["recipe"]))
+    facts.add_row("recipe", showable(result["recipe"]))
     facts.add_row("training steps", f"{result['steps']:,}")
     facts.add_row("rollouts", f"{result['rollouts']:,}")
     facts.add_row("wall clock", clock(result["seconds"]))
     for name, path in OUTPUTS.items():
-        facts.add_row(name, str(Path(result["run_dir"]) / path))
+        facts.add_row(name, showable(Path(result["run_dir"]) / path))
     return Padding(Group(scores, "", facts), (1, 1))
 
 

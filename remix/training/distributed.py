@@ -23,6 +23,16 @@ B = TypeVar("B")
 TRACKED_AS = "remix"
 """The project's name at trackers."""
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def stay_on_this_machine() -> None:
+    """Ranks on one machine speak over loopback alone: by themselves gloo and NCCL would choose the interface that the
+    host's name leads to, which other machines may reach. To be called before the process group is made."""
+    if os.environ.get("MASTER_ADDR") in LOOPBACK and Path("/sys/class/net/lo").exists():
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+
 
 class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
@@ -32,6 +42,7 @@ class Cluster:
     ) -> None:
         """`rank_timeout`: seconds that ranks wait for one that does not come."""
         self.project_dir = project_dir
+        stay_on_this_machine()
         # Accumulation is ours, by token count; left to accelerate, an environment variable would divide gradients.
         self.accelerator = Accelerator(
             log_with=list(trackers) or None,

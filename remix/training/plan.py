@@ -6,10 +6,13 @@ and printed, and what contradicts itself is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from remix.config import (
+    HubTask,
     KLBudgetTrigger,
     LengthDropTrigger,
     LoraAdapter,
@@ -24,8 +27,10 @@ from remix.config import (
 )
 from remix.evaluation.overrides import evaluation_responses
 from remix.training.memory import Memory, estimate_memory
-from remix.training.refusals import refuse_contradictions
+from remix.training.refusals import is_local, refuse_contradictions
 from remix.training.schedule import first_step_rollouts, schedules, step_rollouts
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +220,23 @@ def in_words(trigger: Trigger) -> str:
             return f"KL above {trigger.nats:g} nats"
 
 
+def _not_pinned(recipe: Recipe) -> Iterator[str]:
+    """What comes from the hub, but from no commit in particular."""
+    named = [("model", recipe.model.path, recipe.model.revision)]
+    if isinstance(recipe.critic, SeparateCritic) and recipe.critic.path:
+        named.append(("advantage.critic", recipe.critic.path, recipe.critic.revision))
+    named += [
+        (f"tasks.{index}", task.path, task.revision)
+        for index, task in enumerate(recipe.tasks)
+        if isinstance(task, HubTask) and not Path(task.path).is_file()
+    ]
+    for key, path, revision in named:
+        if not is_local(path) and not COMMIT.fullmatch(revision or ""):
+            yield f"{path}: not pinned: what the hub serves may change; set {key}.revision to a commit (40 hex digits)."
+
+
 def _notes(recipe: Recipe, phases: tuple[PhasePlan, ...], memory: Memory) -> Iterator[str]:
+    yield from _not_pinned(recipe)
     if any(phase.first_step_rollouts > phase.fresh_rollouts for phase in phases):
         yield (
             "Replay is empty at a mix_policy phase's first step, so that batch is all fresh. From the second on it is "

@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from remix.terminal import showable
 from remix.training.memory import Memory
 from remix.training.plan import PhasePlan, Plan, Span
 
@@ -14,7 +15,7 @@ from remix.training.plan import PhasePlan, Plan, Span
 def render(plan: Plan) -> RenderableType:
     return Group(
         *(Padding(part, (0, 0, 1, 1)) for part in (_header(plan), _phases(plan), _run(plan), _memory(plan.memory))),
-        *(Padding(Text(f"· {note}", style="dim"), (0, 0, 0, 1)) for note in plan.notes),
+        *(Padding(Text(f"· {showable(note)}", style="dim"), (0, 0, 0, 1)) for note in plan.notes),
     )
 
 
@@ -40,7 +41,7 @@ def between(span: Span) -> str:
 
 def _header(plan: Plan) -> RenderableType:
     table = _table()
-    table.add_row("model", Text(plan.model, style="bold"))
+    table.add_row("model", Text(showable(plan.model), style="bold"))
     table.add_row("trains", f"{plan.adapter}, with {plan.advantage} advantages")
     memory = plan.memory
     if memory.parameters is not None:
@@ -48,7 +49,7 @@ def _header(plan: Plan) -> RenderableType:
         table.add_row("parameters", f"{human_count(memory.parameters)}{trained}{', critic included' * plan.critic}")
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
     table.add_row("on", f"{processes}, sampling with {plan.engine}")
-    table.add_row("into", plan.run_dir)
+    table.add_row("into", showable(plan.run_dir))
     return table
 
 
@@ -114,7 +115,7 @@ def _run(plan: Plan) -> RenderableType:
 def _memory(memory: Memory) -> RenderableType:
     table = _table(Text("Memory of a process", style="bold"), "")
     if memory.unknown:
-        table.add_row("unknown", Text(memory.unknown, style="yellow"))
+        table.add_row("unknown", Text(showable(memory.unknown), style="yellow"))
         return table
     table.columns[1].justify = "right"
     for host in (False, True):

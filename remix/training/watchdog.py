@@ -54,7 +54,7 @@ class Watchdog:
             self._waiting = None
 
     def missing(self, patience: float = 0.0) -> str | None:
-        """The ranks that have died, or else those that have not come to where this one waits.
+        """The ranks that have died, or else are stopped, or else have not come to where this one waits.
 
         None where it waits for nobody, or all have come. `patience`: seconds that a process which has just been
         killed may take to be gone.
@@ -69,8 +69,9 @@ class Watchdog:
                 if dead or time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
+            stopped = [rank for rank in others if self._state(rank) == "stopped"]
             late = [rank for rank in others if int(self._get("place", rank)["arrivals"]) < self._arrivals]
-            said = [self._describe(rank) for rank in dead or late]
+            said = [self._describe(rank) for rank in dead or stopped or late]
         except RuntimeError:  # the store is with the launcher of the first machine
             return f"the store of the run does not answer rank {self.rank}: its launcher or machine is gone"
         return f"{'; '.join(said)}. {GO_ON}" if said else None

@@ -29,7 +29,9 @@ def test_where_a_model_lies(tmp_path: Path) -> None:
     for nowhere in ("./nowhere", "/nowhere", "a/b/c", "nowhere"):
         with pytest.raises(ValueError, match=f"--model {nowhere}: no such directory"):
             find(nowhere, None, MODEL_FILES, "--model")
-    with pytest.raises(ValueError, match="--model owner/nowhere: no such directory, and not to be had from the hub"):
+    with pytest.raises(
+        ValueError, match="--model owner/nowhere: no such directory, and not fetched from the hub before"
+    ):
         find("owner/nowhere", None, MODEL_FILES, "--model")
     assert commit(Path("/hub/models--owner--name/snapshots/0123abcd")) == "0123abcd"
     assert commit(tmp_path) is None

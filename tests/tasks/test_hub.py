@@ -84,3 +84,13 @@ def test_what_is_wrong_is_said_in_one_line(folder, tmp_path):
     assert "row 0: no column 'questoin' among 'question', 'answer', 'difficulty'; did you mean 'question'?" in message
     (tmp_path / "x.txt").write_text("hello")
     assert "files are read by suffix, one of .parquet" in refusal(path=str(tmp_path / "x.txt"))
+
+
+def test_what_was_fetched_before_is_there_without_a_network(folder, tmp_path):
+    """What `datasets` keeps of a data set of the hub; of a local one it differs in the folder's name alone."""
+    load(path=str(folder))
+    (made,) = (tmp_path / "cache").glob("*/default*/0.0.0/*/dataset_info.json")
+    kept = tmp_path / "cache" / "owner___sums" / "default" / "0.0.0" / ("a" * 40)
+    kept.parent.mkdir(parents=True)
+    made.parent.rename(kept)
+    assert [p.answer for p in load(path="owner/sums")][:3] == ["0", "2", "4"]

@@ -8,7 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from remix.tracking.progress import Progress, clock, printable
+from remix.terminal import printable
+from remix.tracking.progress import Progress, clock
 from remix.tracking.summary import before_after_table
 
 
