@@ -222,7 +222,7 @@ def test_runs_and_evaluations_keep_them_to_themselves(tiny_model: Path, tmp_path
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
-    assert done.stdout.splitlines()[-1] == "[0, 2, 0, 2]", done.stderr
+    assert done.stdout.splitlines()[-1] == "[0, 1, 0, 2]", done.stderr
     assert "raised RuntimeError (401 for [secret] [secret]) on prompt" in done.stderr
     assert f"--adapter ./{REMOVED}: no such directory" in done.stderr
     assert f"--data-dir https://{REMOVED}@host" in (evaluated / "summary.md").read_text()
