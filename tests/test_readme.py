@@ -33,8 +33,12 @@ def test_every_command_runs(tmp_path: Path) -> None:
         words = shlex.split(command)
         if "scripts/bench_step.py" in words:
             words += ["--steps", "1", *QUICK[1:]]
+        elif "scripts/bench_checkpoint.py" in words:
+            words += ["--repeat", "1", *QUICK[1:]]
         elif words[:2] == ["remix", "eval"]:
             words += ["--limit", "8"]
+        elif "auto" in words:
+            words += QUICK
         elif "--resume" in words:
             words += ["max_steps=2"]
         elif "plan" not in words:
