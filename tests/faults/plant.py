@@ -40,7 +40,14 @@ def jumping_clock(_: str) -> None:
     time.time = planted
 
 
-FAULTS = {"nan_gradients": nan_gradients, "jumping_clock": jumping_clock}
+def deaf_engine(_: str) -> None:
+    """Weights that are sent to the engine reach it not."""
+    from remix.rollout.vllm import VLLMEngine
+
+    VLLMEngine.sync = lambda self, weights: None  # type: ignore[method-assign]
+
+
+FAULTS = {"nan_gradients": nan_gradients, "jumping_clock": jumping_clock, "deaf_engine": deaf_engine}
 
 if __name__ == "__main__":
     faults, arguments = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]

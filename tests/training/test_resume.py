@@ -1,0 +1,48 @@
+"""Which run `--resume` goes on with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from remix.config import dump_recipe, load_recipe
+from remix.training.resume import newest_run, resolve
+from tests.tiny import EMBEDDED
+
+RECIPE = str(EMBEDDED / "grpo.yaml")
+
+
+def leave(run_dir: Path, when: float, *overrides: str) -> Path:
+    """What a run that wrote its last checkpoint then has left."""
+    checkpoint = run_dir / "checkpoints" / "step=000002"
+    checkpoint.mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(dump_recipe(load_recipe(RECIPE, [f"run_dir={run_dir}", *overrides])))
+    for path in (run_dir / "recipe.yaml", checkpoint):
+        os.utime(path, (when, when))
+    return run_dir
+
+
+def test_auto_is_the_newest_run_of_the_same_recipe(tmp_path: Path) -> None:
+    wanted = load_recipe(RECIPE, [f"run_dir={tmp_path / 'mine'}"])
+    assert newest_run(wanted) is None
+    leave(tmp_path / "mine", 1000.0)
+    newest = leave(tmp_path / "mine-2", 2000.0, "max_steps=3", "log.completions=1")  # how far and how loud is free
+    leave(tmp_path / "other", 3000.0, "seed=1")
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "recipe.yaml").write_text("a: recipe of another version\n")
+    assert newest_run(wanted) == newest
+
+
+def test_what_is_asked(tmp_path: Path) -> None:
+    run_dir = f"run_dir={tmp_path / 'mine'}"
+    assert resolve([RECIPE, "seed=1"], None) == (RECIPE, ["seed=1"], False)
+    assert resolve([RECIPE, run_dir], "auto") == (RECIPE, [run_dir], False)
+    own = leave(tmp_path / "mine", 1000.0)
+    assert resolve([RECIPE, run_dir], "auto") == (RECIPE, [run_dir, run_dir], True)
+    assert resolve(["max_steps=9"], str(own)) == (str(own / "recipe.yaml"), ["max_steps=9", run_dir], True)
+    with pytest.raises(ValueError, match="no run there"):
+        resolve([], str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="one recipe at a time"):
+        resolve([RECIPE, RECIPE], None)
