@@ -39,5 +39,5 @@ def test_an_engine_that_is_killed_is_started_again(tmp_path: Path) -> None:
 def test_weights_that_do_not_arrive_are_caught_in_the_same_step(tmp_path: Path) -> None:
     """Also where the update is so small that log-probs barely move."""
     done = train(tmp_path / "run", VLLM, "optimizer.lr=1e-6", plant=["deaf_engine"], status=1)
-    assert "did not reach" in done.stderr
+    assert "the weight sync changed nothing in the vllm engine" in done.stderr
     assert "step 1/" not in done.stdout
