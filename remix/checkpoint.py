@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from remix.formats import NOT_READ, first_pickled
 
 FILES = "files"
 """Of the state: files of the run directory that the checkpoint counts on, with their SHA-256."""
+NAME = re.compile(r"step=\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +45,42 @@ class Checkpoint:
     """By section (model, reference, optimizer, ...), then by name."""
 
 
-def save(run_dir: Path, step: int, checkpoint: Checkpoint, *, keep: int, best: bool = False) -> Path:
-    """Writes beside, then renames: a checkpoint is there whole or not at all.
-
-    Keeps the newest `keep`, and the last one that was saved as the `best`.
-    """
-    folder = run_dir / "checkpoints" / f"step={step:06d}"
+def save(run_dir: Path, step: int, checkpoint: Checkpoint, *, keep: int, best_step: int | None = None) -> Path:
+    """Writes beside, then renames: a checkpoint is there whole or not at all. What stays is as `settle` has it."""
+    folder = _folder(run_dir, step)
     with folder_written_whole(folder, manifest=True) as temporary:
         save_tensors(temporary / "tensors.safetensors", checkpoint.tensors)
         (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=2) + "\n", encoding="utf-8")
-    link(folder.with_name("latest"), folder.name)
-    if best:
-        link(folder.with_name("best"), folder.name)
-    kept = {folder.with_name("best").resolve()}
-    for old in saved(run_dir)[:-keep]:
-        if old.resolve() not in kept:
-            shutil.rmtree(old)
+    settle(run_dir, keep=keep, best_step=best_step)
     return folder
+
+
+def settle(run_dir: Path, *, keep: int, best_step: int | None) -> None:
+    """Points `latest` and `best` at their checkpoints, and removes all but the newest `keep` and the best."""
+    folders = saved(run_dir)
+    best = None if best_step is None else _folder(run_dir, best_step)
+    if folders:
+        link(folders[-1].with_name("latest"), folders[-1].name)
+    if best in folders:
+        link(best.with_name("best"), best.name)
+    for old in folders[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
 
 
 def saved(run_dir: Path) -> list[Path]:
     """Checkpoints, oldest first. Whether they are whole is seen when they are loaded."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step=*") if path.is_dir())
+    return sorted(path for path in (run_dir / "checkpoints").glob("step=*") if NAME.fullmatch(path.name))
+
+
+def recover(run_dir: Path) -> None:
+    """What a kill in the middle of saving has left: the older of two of one step is put back, half ones are removed."""
+    for left_over in sorted((run_dir / "checkpoints").glob(".step=*")):
+        folder = left_over.with_name(left_over.name.removeprefix(".").rpartition(".")[0])
+        if left_over.suffix == ".old" and not folder.exists():
+            left_over.replace(folder)
+        else:
+            shutil.rmtree(left_over)
 
 
 def load_newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -93,8 +109,10 @@ def load_newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None
 def set_aside(run_dir: Path, beyond: int) -> None:
     """Renames damaged checkpoints of later steps than a run goes on from, so that they count as none of the newest."""
     for folder in saved(run_dir):
-        if int(folder.name.removeprefix("step=")) > beyond:
-            folder.replace(folder.with_name(f"damaged.{folder.name}"))
+        if folder > _folder(run_dir, beyond):
+            damaged = folder.with_name(f"damaged.{folder.name}")
+            shutil.rmtree(damaged, ignore_errors=True)
+            folder.replace(damaged)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -173,6 +191,10 @@ def load_rng(tensors: Mapping[str, Tensor]) -> None:
     *key, position, has_gauss = tensors["numpy"].tolist()
     numpy_state: tuple[Any, ...] = ("MT19937", key, position, has_gauss, tensors["numpy_gauss"].item())
     np.random.set_state(numpy_state)
+
+
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step={step:06d}"
 
 
 def _flat(sections: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

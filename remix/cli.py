@@ -27,8 +27,8 @@ MOST_THREADS = 8
 SAVING_SECONDS = 60.0
 ACCELERATE_LAUNCH = (
     # The launcher would die of a signal, with a stack trace; its trainers, which hear it too, decide what to do.
-    "import signal; signal.signal(signal.SIGINT, lambda *_: None); signal.signal(signal.SIGTERM, lambda *_: None); "
-    "from accelerate.commands.launch import main; main()"
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from accelerate.commands.launch import main; "
+    "[signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)]; main()"
 )
 
 
@@ -190,27 +190,27 @@ def _grade(args: argparse.Namespace, *_: Any) -> int:
 
 def _train(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]) -> int:
     from remix.config import load_recipe
+    from remix.training.interruption import STATUS_FOLDER, overall_status
     from remix.training.plan import make_plan
-    from remix.training.resume import EXIT_FILE, resolve
+    from remix.training.resume import resolve
 
     # Here rather than only in the launched process, so that a mistake is one line and takes no seconds, and so that
     # all processes go on with the same run.
     path, words, resume = resolve([*([] if recipe is None else [recipe]), *overrides], args.resume)
-    checked, processes = load_recipe(path, words), _processes(args.config_file)
+    checked, (processes, here) = load_recipe(path, words), _processes(args.config_file)
     make_plan(checked, processes)
     command = [*_launcher(args.config_file), "-m", "remix.train", path, *overrides]
     command += ["--resume", checked.run_dir] if resume else []
     command += ["--allow-changed"] if args.allow_changed else []
     with tempfile.TemporaryDirectory() as folder:
-        exit_file = Path(folder) / "status"
-        environ = {**os.environ, **threads(os.environ, processes), EXIT_FILE: str(exit_file)}
-        status = run_in_front(command, environ)
-        return int(exit_file.read_text(encoding="utf-8")) if exit_file.exists() else status
+        environ = {**os.environ, **threads(os.environ, processes), STATUS_FOLDER: folder}
+        return overall_status(Path(folder), run_in_front(command, environ), here)
 
 
-def _processes(config_file: str | None) -> int:
+def _processes(config_file: str | None) -> tuple[int, int]:
+    """Of the whole run, and on each of its machines."""
     if config_file is None:
-        return 1
+        return 1, 1
     import yaml
 
     if not Path(config_file).is_file():
@@ -221,7 +221,11 @@ def _processes(config_file: str | None) -> int:
         raise ValueError(f"--config_file {config_file}: not readable as YAML: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"--config_file {config_file}: not an accelerate configuration, see recipes/accelerate/")
-    return _at_least_one(f"--config_file {config_file}: num_processes", config.get("num_processes", 1))
+    processes, machines = (
+        _at_least_one(f"--config_file {config_file}: {key}", config.get(key, 1))
+        for key in ("num_processes", "num_machines")
+    )
+    return processes, max(processes // machines, 1)
 
 
 def _launcher(config_file: str | None) -> list[str]:
@@ -258,15 +262,20 @@ def run_in_front(command: Sequence[str], environ: Mapping[str, str]) -> int:
     engine and files on the first interrupt would be killed by the second.
     """
     process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        if process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+        if process is None:
+            early.append(number)
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         process = subprocess.Popen(command, env=dict(environ), start_new_session=True)
+        for number in early:
+            forward(number, None)
         code = process.wait()
         _wait_for_group(process.pid)
     finally:

@@ -7,6 +7,7 @@ from which a resumed run takes its replay back.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -129,8 +130,9 @@ def write_shard(path: Path, step: int, kept: Sequence[RolloutGroup], dropped: Se
 
 def remove_shards(run_dir: Path, from_step: int) -> None:
     """Takes away what lies beyond the step that a run goes on from, and what a kill left half-written."""
-    for path in shard_path(run_dir, 0).parent.glob("step=*.parquet*"):
-        if path.suffix == ".tmp" or int(path.stem.removeprefix("step=")) >= from_step:
+    for path in shard_path(run_dir, 0).parent.iterdir() if shard_path(run_dir, 0).parent.is_dir() else ():
+        named = re.fullmatch(r"step=(\d+)\.parquet(\.tmp)?", path.name)
+        if named is not None and (named[2] or int(named[1]) >= from_step):
             path.unlink()
 
 

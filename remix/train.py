@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from remix.terminal import Parser, guard_tracebacks, print_error
-from remix.training.resume import EXIT_FILE, add_resume_options, resolve
+from remix.training.resume import add_resume_options, resolve
 
 if TYPE_CHECKING:
     from remix.config import Recipe
@@ -33,25 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Spinning OpenMP threads on shared cores cost more than they give; torch reads these when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    status = _run(options)
-    # accelerate's launchers end with a status of their own, whatever that of the run was.
-    if EXIT_FILE in os.environ and os.environ.get("RANK", "0") == "0":
-        Path(os.environ[EXIT_FILE]).write_text(str(status), encoding="utf-8")
+    from remix.training.interruption import Interruption, record
+
+    with Interruption() as interruption:
+        status = _run(options, interruption)
+        record(status)
     return status
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, interruption: Interruption) -> int:
     from remix.config import load_recipe
     from remix.errors import Interrupted, TrainingError
-    from remix.training.interruption import EXIT_FAILED, EXIT_INTERRUPTED, Interruption
+    from remix.training.interruption import EXIT_FAILED, EXIT_INTERRUPTED
 
     recipe = None
     try:
-        with Interruption() as interruption:
-            path, overrides, resume = resolve(options.words, options.resume)
-            recipe = load_recipe(path, overrides)
-            interruption.grace = recipe.faults.grace
-            run(recipe, path, resume=resume, allow_changed=options.allow_changed, interruption=interruption)
+        path, overrides, resume = resolve(options.words, options.resume)
+        recipe = load_recipe(path, overrides)
+        interruption.grace = recipe.faults.grace
+        run(recipe, path, resume=resume, allow_changed=options.allow_changed, interruption=interruption)
     except ValueError as error:
         print_error(error)
         return 2
@@ -65,7 +65,9 @@ def _run(options: argparse.Namespace) -> int:
         )
         return EXIT_FAILED
     except Interrupted:
-        print(f"interrupted; --resume {recipe.run_dir if recipe else 'auto'} goes on from here", file=sys.stderr)
+        begun = recipe is not None and (Path(recipe.run_dir) / "recipe.yaml").exists()
+        said = f"--resume {recipe.run_dir} goes on from here" if begun and recipe else "nothing was begun yet"
+        print(f"interrupted; {said}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print(
@@ -105,7 +107,7 @@ def run(
     quiet()
     cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir), rank_timeout=recipe.faults.rank_timeout)
     if interruption is not None:
-        interruption.missing = cluster.missing
+        interruption.gone = cluster.gone
     options: dict[str, Any] = {"resume": resume, "allow_changed": allow_changed, "interruption": interruption}
     progress = Progress(Path(recipe_path).stem, recipe.run_dir, recipe.last_step, enabled=cluster.is_main)
     with progress, open_trainer(recipe, cluster, progress, **options) as trainer:
@@ -126,12 +128,7 @@ def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
         )
 
 
-def leave(status: int) -> NoReturn:
-    """Ends the process. Everything is closed, and a library's thread can hang the interpreter while it ends."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 if __name__ == "__main__":
+    from remix.training.interruption import leave
+
     leave(main())

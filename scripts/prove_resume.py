@@ -29,6 +29,8 @@ from typing import Any, NoReturn
 
 import psutil
 
+from remix.training.interruption import EXIT_INTERRUPTED, STATUS_FOLDER, leave, overall_status
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("remix_grpo", "remix_ppo", "grpo", "ppo")
 STAGES = ("reincarnating", "sampling", "scoring", "anchors", "updating", "syncing", "evaluating", "saving")
@@ -62,6 +64,8 @@ class Case:
         """Small, with a reincarnation, evaluations and checkpoints in between."""
         group = 1 if self.recipe.endswith("ppo") else 8
         phases = ["phases.0.until.0.after=3"] if self.recipe.startswith("remix") else []
+        # With dropout, so that the random generators of every rank matter; merged in half of the cases.
+        lora = ["adapter.dropout=0.1", f"reincarnation.lora={'merge' if self.engine == 'vllm' else 'snapshot'}"]
         return [
             f"run_dir={run_dir}",
             f"max_steps={STEPS}",
@@ -71,8 +75,9 @@ class Case:
             "eval.every=2",
             "eval.prompts=16",
             "checkpoint.every=2",
-            "log.completions_every=2",
+            "log.completions_every=1",
             *phases,
+            *(lora if self.adapter == "lora" else []),
         ]
 
 
@@ -100,14 +105,15 @@ def prove(case: Case, folder: Path, *, kills: int, seed: int) -> Verdict:
         # Late stages are reached only once in what a few kills leave of a run.
         occurrence = dice.randint(1, 2) if stage in ("sampling", "anchors", "updating") else 1
         status, struck = run(case, pieces, Strike(number, stage, occurrence, dice.random(), whole))
-        if struck is not None:
-            verdict.kills.append(struck)
-        if status == 0:
+        if struck is None:
+            verdict.differences.append(f"was done before it could be struck at {stage}")
             break
-    else:
-        status, _ = run(case, pieces, None)
+        verdict.kills.append(struck)
+        if number == signal.SIGTERM and status not in (0, EXIT_INTERRUPTED):
+            verdict.differences.append(f"SIGTERM ended it with {status}, not {EXIT_INTERRUPTED}, see {log_of(pieces)}")
+    status, _ = run(case, pieces, None)
     assert status == 0, f"{case}: the resumed run ended with {status}, see {log_of(pieces)}"
-    verdict.differences = list(differences(whole, pieces))
+    verdict.differences += differences(whole, pieces)
     verdict.seconds = time.monotonic() - started
     return verdict
 
@@ -143,11 +149,12 @@ def run(case: Case, run_dir: Path, strike: Strike | None) -> tuple[int, str | No
     environment = {**os.environ, STAGE_LOG: str(stage_log), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment |= {"ACCELERATE_USE_CPU": "true"} if case.processes == 2 else {}
-    with log_of(run_dir).open("ab") as log:
+    with tempfile.TemporaryDirectory() as statuses, log_of(run_dir).open("ab") as log:
+        environment[STATUS_FOLDER] = statuses
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         struck = None if strike is None else _strike(process, stage_log, strike)
         try:
-            return process.wait(MOST_SECONDS), struck
+            return overall_status(Path(statuses), process.wait(MOST_SECONDS), case.processes), struck
         finally:
             _signal_all(process.pid, signal.SIGKILL)
 
@@ -171,12 +178,12 @@ def _signal_all(pid: int, number: signal.Signals) -> None:
         tree = [*parent.children(recursive=True), parent]
     except psutil.NoSuchProcess:
         return
-    if number != signal.SIGKILL:  # the launcher hands it on or would die of it; its trainers decide
-        tree = [process for process in tree if "--child" in process.cmdline() and process.pid != pid]
     for process in tree:
         try:
-            process.send_signal(number)
-        except psutil.NoSuchProcess:
+            # The launcher hands a SIGTERM on or would die of it; its trainers decide.
+            if number == signal.SIGKILL or (process.pid != pid and "--child" in process.cmdline()):
+                process.send_signal(number)
+        except psutil.Error:
             continue
 
 
@@ -257,7 +264,7 @@ def child(arguments: list[str]) -> NoReturn:
         announce(self, name)
 
     Progress.stage = stage  # type: ignore[method-assign]
-    train.leave(train.main(arguments))
+    leave(train.main(arguments))
 
 
 def main() -> int:

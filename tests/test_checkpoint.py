@@ -202,7 +202,7 @@ def test_a_crash_in_between_leaves_the_last_one(tmp_path: Path, monkeypatch: pyt
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        save(tmp_path, step, simple(step), keep=1, best=step in (1, 2))
+        save(tmp_path, step, simple(step), keep=1, best_step=min(step, 2))
     assert steps_of(tmp_path) == [2, 4]
     links = {name: (tmp_path / "checkpoints" / name).resolve().name for name in ("latest", "best")}
     assert links == {"latest": "step=000004", "best": "step=000002"}
@@ -272,8 +272,43 @@ def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
     loaded = newest(tmp_path)
     assert loaded is not None
     assert loaded.state == {"step": 1}
-    save(tmp_path, 10, simple(10), keep=2)
+    checkpoint.recover(tmp_path)
     assert not hidden.exists()
+
+
+def test_a_kill_between_two_renames_loses_neither(tmp_path: Path) -> None:
+    """The same step saved again: the older one is out of the way, the newer not yet in place."""
+    folder = save(tmp_path, 5, simple(5), keep=1)
+    folder.replace(folder.with_name(".step=000005.old"))
+    folder.with_name(".step=000005.tmp").mkdir()
+    assert newest(tmp_path) is None
+    checkpoint.recover(tmp_path)
+    loaded = newest(tmp_path)
+    assert loaded is not None
+    assert loaded.state == {"step": 5}
+    assert {path.name for path in folder.parent.iterdir()} == {"step=000005", "latest"}
+
+
+def test_a_kill_before_the_links_is_made_good(tmp_path: Path) -> None:
+    save(tmp_path, 1, simple(1), keep=1)
+    folder = save(tmp_path, 2, simple(2), keep=2)
+    (folder.parent / "latest").unlink()
+    checkpoint.settle(tmp_path, keep=1, best_step=2)
+    assert {path.name for path in folder.parent.iterdir()} == {"step=000002", "latest", "best"}
+
+
+def test_damaged_twice_is_set_aside_twice_and_foreign_names_are_left_alone(tmp_path: Path) -> None:
+    for _ in range(2):
+        save(tmp_path, 6, simple(6), keep=1)
+        checkpoint.set_aside(tmp_path, beyond=5)
+        assert checkpoint.saved(tmp_path) == []
+    (tmp_path / "checkpoints" / "step=000040.bak").mkdir()
+    checkpoint.set_aside(tmp_path, beyond=0)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "damaged.step=000006",
+        "latest",
+        "step=000040.bak",
+    }
 
 
 def test_every_generator_goes_on_where_it_was() -> None:

@@ -60,8 +60,9 @@ class FaultConfig(Block):
     """Optimiser steps in a row that are skipped because loss or gradient is not finite; one more ends the run."""
     unscored: Fraction = 0.5
     """Share of a step's responses that the rewards may fail to score; a larger one ends the run."""
-    rank_timeout: PositiveFloat = 600.0
-    """Seconds that processes wait for one of them that has died or hangs."""
+    rank_timeout: PositiveFloat = 900.0
+    """Seconds that processes wait for one that does not come. What the slowest does alone has to fit in, the saving
+    of a checkpoint by the first included."""
     grace: PositiveFloat = 25.0
     """Seconds from SIGTERM or Ctrl-C to the exit. What is not saved by then is sampled again when the run goes on.
     torchrun kills its processes after 30."""

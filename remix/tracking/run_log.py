@@ -15,16 +15,17 @@ from remix.types import RolloutGroup
 class RunLog:
     """Lines of JSON, on the disk as they are written. `from_step` cuts off what lies beyond the step resumed from."""
 
-    def __init__(self, run_dir: Path, *, from_step: int = 0, enabled: bool = True) -> None:
-        """`enabled` is False on every process but the first: one run, one log."""
+    def __init__(self, run_dir: Path, *, from_step: int = 0, unlogged: bool = False, enabled: bool = True) -> None:
+        """`unlogged`: the metrics of the step before are still to come. `enabled` is False on every process but the
+        first: one run, one log."""
         self.metrics_path = run_dir / "metrics.jsonl"
         self.completions_path = run_dir / "completions.jsonl"
         self.enabled = enabled
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        for path in (self.metrics_path, self.completions_path):
-            _keep_before(path, from_step)
+        _keep_before(self.metrics_path, from_step - unlogged)
+        _keep_before(self.completions_path, from_step)
 
     def log(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
         self._append(self.metrics_path, [{"step": step, "phase": phase, **metrics}])

@@ -73,6 +73,8 @@ def open_trainer(
         stack.callback(cluster.close)  # last: an engine may still need the process group to close
         if cluster.is_main:
             stack.callback(lock_run(run_dir).close)
+            checkpoint.recover(run_dir)
+        cluster.barrier("the run directory")
         saved = checkpoint.load_newest(run_dir, progress.message) if resume else None
         if saved is None:
             state = TrainState()
@@ -95,11 +97,13 @@ def open_trainer(
         exams = build_exams(recipe, tokenizer, held_out, rewards, stack)
         engine = build_engine(recipe, policy, exams, progress.message)
         stack.callback(engine.close)
-        # A step that was interrupted in its evaluation is still to be logged.
-        log = RunLog(run_dir, from_step=state.step - (state.unlogged is not None), enabled=cluster.is_main)
         if cluster.is_main:
-            remove_shards(run_dir, from_step=state.step)
             checkpoint.set_aside(run_dir, beyond=state.step)
+            checkpoint.settle(run_dir, keep=recipe.checkpoint.keep, best_step=state.best_step)
+            remove_shards(run_dir, from_step=state.step)
+        unlogged = state.unlogged is not None
+        log = RunLog(run_dir, from_step=state.step, unlogged=unlogged, enabled=cluster.is_main)
+        if cluster.is_main:
             write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
         cluster.start_trackers(recipe.model_dump(mode="json"), read_metrics(run_dir) if cluster.is_main else [])
         yield Trainer(

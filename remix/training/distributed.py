@@ -12,7 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 
@@ -38,7 +43,7 @@ class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
 
     def __init__(
-        self, trackers: Sequence[str] = (), project_dir: Path | None = None, *, rank_timeout: float = 600.0
+        self, trackers: Sequence[str] = (), project_dir: Path | None = None, *, rank_timeout: float = 900.0
     ) -> None:
         """`rank_timeout`: seconds that ranks wait for one that does not come."""
         self.project_dir = project_dir
@@ -49,7 +54,11 @@ class Cluster:
             project_dir=project_dir,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             # The watchdog comes first, since it knows the name of the rank that is missing.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2 * rank_timeout + 60))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=2 * rank_timeout + 60)),
+                # Nobody changes them, and sending them is a wait that the watchdog does not see.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
         )
         missing = set(trackers) - {str(tracker) for tracker in self.accelerator.log_with}
         if missing:
@@ -99,9 +108,9 @@ class Cluster:
         """What needs the other ranks; raises TrainingError that names the one that is gone."""
         return nullcontext() if self._watchdog is None else self._watchdog.waiting(stage)
 
-    def missing(self) -> str | None:
-        """Which rank is gone, where this one waits for it."""
-        return None if self._watchdog is None else self._watchdog.missing()
+    def gone(self) -> str | None:
+        """Which rank has died or is stopped, where this one waits for it."""
+        return None if self._watchdog is None else self._watchdog.gone()
 
     def forget(self) -> None:
         """Lets go of what was prepared before, so that a new optimiser does not find the old one beside it."""

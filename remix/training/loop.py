@@ -83,6 +83,7 @@ class Trainer:
         except Interrupted:
             if self._position != self._saved_at:
                 self.save()
+            self.interruption.saved = True
             raise
 
     def _step(self, step: int) -> dict[str, float]:
@@ -120,20 +121,21 @@ class Trainer:
         self.log.log(step, self._phase.type, metrics)
         self.cluster.track(metrics, step)
         self.progress.update(self.state.step, metrics, self._phase.type)
-        best = self._is_best(metrics)
+        best = self._note_best(metrics)
         if best or self._due(self.recipe.checkpoint.every):
-            self.save(best=best)
+            self.save()
         if self.cluster.any(self.interruption.requested, "the end of the step"):
             raise Interrupted
 
-    def save(self, *, best: bool = False) -> None:
+    def save(self) -> None:
         """A checkpoint of this moment."""
         rng = self.cluster.gather(checkpoint.rng_tensors(), "the checkpoint")
         if self.cluster.is_main:
             self.progress.stage("saving")
             parts = (self.state, self.policy, self.updater, self.replay, self.recipe)
             whole = to_checkpoint(*parts, self.identity, rng)
-            checkpoint.save(self.run_dir, self.state.step, whole, keep=self.recipe.checkpoint.keep, best=best)
+            keep, best = self.recipe.checkpoint.keep, self.state.best_step
+            checkpoint.save(self.run_dir, self.state.step, whole, keep=keep, best_step=best)
         self.cluster.barrier("the checkpoint")
         self._saved_at = self._position
 
@@ -142,8 +144,8 @@ class Trainer:
         """Where the run is, as far as a checkpoint can tell."""
         return self.state.step, self.state.phase.index, self.state.unlogged is None
 
-    def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether no step before was better by the metric of `checkpoint.best`."""
+    def _note_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this step is better than all before by the metric of `checkpoint.best`."""
         config = self.recipe.checkpoint
         value = None if config.best is None else metrics.get(config.best)
         if value is None or not np.isfinite(value):
@@ -151,7 +153,8 @@ class Trainer:
         better = self.state.best is None or (
             value > self.state.best if config.best_is == "highest" else value < self.state.best
         )
-        self.state.best = value if better else self.state.best
+        if better:
+            self.state.best, self.state.best_step = value, self.state.step
         return better
 
     @property

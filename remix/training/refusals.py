@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
-from remix.config import ArithmeticTask, LoraAdapter, Recipe, SeparateCritic, nearest
+from remix.config import ArithmeticTask, LoraAdapter, Recipe, SeparateCritic, VLLMEngineConfig, nearest
 from remix.models.files import check_weights
 from remix.training.memory import ModelShape, find_shape, is_target
 from remix.training.schedule import phase_bounds
@@ -64,6 +64,14 @@ def _batch(recipe: Recipe, world_size: int) -> Iterator[str]:
             if responses >= world_size
             else f"batch.prompts x rollout.group_size is {responses} responses for {world_size} processes: "
             "raise batch.prompts, or launch fewer processes"
+        )
+    engine = recipe.rollout.engine
+    own = isinstance(engine, VLLMEngineConfig) and engine.own_process and engine.timeout >= recipe.faults.rank_timeout
+    if own and world_size > 1:
+        yield (
+            f"rollout.engine.timeout is not below faults.rank_timeout ({recipe.faults.rank_timeout:g} s): before an "
+            "engine that hangs were started again, the other processes would have given up. Lower the one or raise "
+            "the other"
         )
     longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
     if batch.tokens_per_microbatch < longest:

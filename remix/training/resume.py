@@ -8,16 +8,13 @@ from pathlib import Path
 
 from remix.config import Recipe, RecipeError, changed_keys, load_recipe
 
-EXIT_FILE = "REMIX_EXIT_FILE"
-"""The variable that names a file for the exit status of a run."""
-
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN_DIR",
-        help="go on with an interrupted run, in place; RECIPE may be left out. `auto`: the newest run of the recipe, "
-        "or a new one where there is none",
+        help="go on with an interrupted run, in place; RECIPE may be left out. `auto`: with the run in the recipe's "
+        "run_dir, else the newest one beside it of the same recipe, else a new one",
     )
     parser.add_argument(
         "--allow-changed", action="store_true", help="go on although the recipe is not the one that was begun with"
@@ -48,7 +45,10 @@ def resolve(words: Sequence[str], resume: str | None) -> tuple[str, list[str], b
 
 
 def newest_run(recipe: Recipe) -> Path | None:
-    """The directory of the recipe's newest run: its run_dir, or one beside it whose recipe makes the same run."""
+    """The directory of the run to go on with: the recipe's run_dir where there is a run, whatever its recipe; else the
+    newest one beside it whose recipe makes the same run."""
+    if (Path(recipe.run_dir) / "recipe.yaml").exists():
+        return Path(recipe.run_dir)
 
     def is_same(run_dir: Path) -> bool:
         try:

@@ -42,6 +42,8 @@ class TrainState:
     """Last evaluated."""
     best: float | None = None
     """Of the metric `checkpoint.best`, so far."""
+    best_step: int | None = None
+    """Training steps done when it was reached."""
     unlogged: dict[str, float] | None = None
     """Metrics of the last step, where the run was interrupted in the evaluation that belongs to them."""
     base_merged: bool = False
@@ -120,7 +122,8 @@ def moved_on(saved: Checkpoint, world_size: int) -> list[str]:
     """What around a resumed run is another than before, so that its arithmetic may be too."""
     before = {**saved.state["versions"], "processes": 1 + max(int(key.split(".")[0]) for key in saved.tensors["rng"])}
     now = {**versions(), "processes": world_size}
-    return [f"{name} was {before[name]}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    names = sorted(before.keys() | now.keys())
+    return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names if before.get(name) != now.get(name)]
 
 
 FROZEN = "frozen weights"

@@ -152,14 +152,16 @@ class Updater:
         self.skipped_in_a_row += 1
         folder = Path(self.recipe.run_dir) / "skipped"
         dump = folder / f"step={step:06d}-update={number:03d}.safetensors"
-        if self.cluster.is_main and len(list(folder.glob("*"))) < MOST_DUMPS:
+        last = self.skipped_in_a_row > self.recipe.faults.skipped_updates
+        if self.cluster.is_main and (last or len(list(folder.glob("*"))) < MOST_DUMPS):
             folder.mkdir(parents=True, exist_ok=True)
             batch = collate(minibatch, torch.device("cpu"))
             known = {field.name: getattr(batch, field.name) for field in fields(batch)}
             tensors = {name: value for name, value in known.items() if isinstance(value, torch.Tensor)}
             seeds = torch.tensor([sample.rollout.seed for sample in minibatch])
-            save_tensors(dump, {"batch": tensors | {"seed": seeds}})
-        if self.skipped_in_a_row > self.recipe.faults.skipped_updates:
+            save_tensors(dump.with_suffix(".tmp"), {"batch": tensors | {"seed": seeds}})
+            dump.with_suffix(".tmp").replace(dump)
+        if last:
             raise TrainingError(
                 f"step {step}: {', '.join(bad)} is not finite in {self.skipped_in_a_row} updates in a row, none of "
                 f"which was applied (faults.skipped_updates {self.recipe.faults.skipped_updates}). Look at the batch "

@@ -12,9 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from remix.errors import TrainingError
-from remix.training.interruption import EXIT_FAILED
+import torch
 
+from remix.errors import TrainingError
+from remix.training.interruption import EXIT_FAILED, leave, say
+
+DEATH_SECONDS = 5.0
+"""How long a process that is about to end may take to be gone, and how long one that is gone is waited for: most
+libraries notice by themselves that a connection is closed, and then say more."""
 GO_ON = "The run goes on from its last checkpoint with --resume"
 
 
@@ -26,7 +31,8 @@ class Watchdog:
 
     def __init__(self, rank: int, world_size: int, store: Any, timeout: float) -> None:
         """`store`: a torch.distributed store; `timeout`: seconds that a rank waits for the others."""
-        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.rank, self.timeout = rank, timeout
+        self._others = [other for other in range(world_size) if other != rank]
         self._store = store
         self._arrivals = 0
         self._waiting: tuple[str, float] | None = None
@@ -43,67 +49,79 @@ class Watchdog:
             self._set("place", {"arrivals": self._arrivals, "stage": stage})
             self._waiting = (stage, time.monotonic())
             yield
-        except RuntimeError as error:  # of any communication library: the connection to a rank is lost
-            if isinstance(error, TrainingError):
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of any communication library, where the connection to a rank is lost
+            gone = None if isinstance(error, TrainingError) else self._gone_soon()
+            if gone is None:
                 raise
-            missing = self.missing(patience=2.0)
-            if missing is None:
-                raise
-            raise TrainingError(missing) from error
+            raise TrainingError(gone) from error
         finally:
             self._waiting = None
 
-    def missing(self, patience: float = 0.0) -> str | None:
-        """The ranks that have died, or else are stopped, or else have not come to where this one waits.
-
-        None where it waits for nobody, or all have come. `patience`: seconds that a process which has just been
-        killed may take to be gone.
-        """
+    def gone(self) -> str | None:
+        """The ranks that have died or are stopped, where this one waits; None where there are none."""
         if self._waiting is None:
             return None
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        deadline = time.monotonic() + patience
         try:
-            while True:
-                dead = [rank for rank in others if self._state(rank) == "dead"]
-                if dead or time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
-            stopped = [rank for rank in others if self._state(rank) == "stopped"]
-            late = [rank for rank in others if int(self._get("place", rank)["arrivals"]) < self._arrivals]
-            said = [self._describe(rank) for rank in dead or stopped or late]
+            states = {rank: self._state(rank) for rank in self._others}
         except RuntimeError:  # the store is with the launcher of the first machine
-            return f"the store of the run does not answer rank {self.rank}: its launcher or machine is gone"
-        return f"{'; '.join(said)}. {GO_ON}" if said else None
+            return f"the store of the run does not answer rank {self.rank}: its launcher or machine is gone. {GO_ON}"
+        dead, stopped = ([rank for rank in self._others if states[rank] == state] for state in ("dead", "stopped"))
+        return self._named(dead or stopped)
+
+    def _gone_soon(self) -> str | None:
+        deadline = time.monotonic() + DEATH_SECONDS
+        while (gone := self.gone()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return gone
+
+    def _late(self) -> str | None:
+        """The ranks that have not come to where this one waits."""
+        return self._named([o for o in self._others if int(self._get("place", o)["arrivals"]) < self._arrivals])
+
+    def _look_after(self) -> None:
+        dead_since: float | None = None
+        while True:
+            time.sleep(min(1.0, self.timeout / 10))
+            waiting, now = self._waiting, time.monotonic()
+            if waiting is None:
+                dead_since = None
+                continue
+            gone = self.gone() if now - waiting[1] > DEATH_SECONDS else None
+            dead_since = (dead_since or now) if gone is not None and "has died" in gone else None
+            if dead_since is not None and now - dead_since > DEATH_SECONDS:
+                self._end(waiting, f"{gone}")
+            if now - waiting[1] > self.timeout:
+                why = gone or self._late() or f"all have come, so the connection between them hangs. {GO_ON}"
+                waited = f"rank {self.rank} has waited {self.timeout:g} s (faults.rank_timeout) at {waiting[0]}"
+                self._end(waiting, f"{waited}: {why}")
+
+    def _end(self, waiting: tuple[str, float], why: str) -> None:
+        if self._waiting is waiting:
+            say(f"error: {why}")
+            leave(EXIT_FAILED)
+
+    def _named(self, ranks: list[int]) -> str | None:
+        return f"{'; '.join(map(self._describe, ranks))}. {GO_ON}" if ranks else None
 
     def _describe(self, rank: int) -> str:
         process, place, state = self._get("process", rank), self._get("place", rank), self._state(rank)
-        where = f"rank {rank} (process {process['pid']} on {process['host']})"
-        if state == "dead":
-            return f"{where} has died; it was last seen at {place['stage']}"
-        return f"{where} hangs{' (it is stopped)' if state == 'stopped' else ''}; it was last seen at {place['stage']}"
+        said = {"dead": "has died", "stopped": "hangs (it is stopped)"}.get(state, "hangs")
+        return (
+            f"rank {rank} (process {process['pid']} on {process['host']}) {said}; it was last seen at {place['stage']}"
+        )
 
     def _state(self, rank: int) -> str:
         """dead, stopped or alive, as far as this machine can tell."""
         process = self._get("process", rank)
-        if process["host"] != socket.gethostname():
+        if process["host"] != socket.gethostname() or not Path("/proc/self/stat").exists():
             return "alive"
         try:
             stat = Path(f"/proc/{process['pid']}/stat").read_text(encoding="utf-8")
         except OSError:
-            return "dead" if Path("/proc/self").exists() else "alive"
-        code = stat.rpartition(")")[2].split()[0]
-        return {"Z": "dead", "X": "dead", "T": "stopped"}.get(code, "alive")
-
-    def _look_after(self) -> None:
-        while True:
-            time.sleep(min(1.0, self.timeout / 10))
-            waiting = self._waiting
-            if waiting is not None and time.monotonic() - waiting[1] > self.timeout:
-                missing = self.missing() or f"all have arrived: the connection hangs. {GO_ON}"
-                waited = f"rank {self.rank} has waited {self.timeout:g} s (faults.rank_timeout) at {waiting[0]}"
-                os.write(2, f"error: {waited}: {missing}\n".encode())
-                os._exit(EXIT_FAILED)
+            return "dead"
+        return {"Z": "dead", "X": "dead", "T": "stopped"}.get(stat.rpartition(")")[2].split()[0], "alive")
 
     def _set(self, key: str, value: dict[str, Any]) -> None:
         self._store.set(f"remix/{key}/{self.rank}", json.dumps(value))

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from remix import train
+from remix.training.interruption import leave
 
 
 def nan_gradients(updates: str) -> None:
@@ -54,4 +55,4 @@ if __name__ == "__main__":
     for fault in faults:
         name, _, options = fault.partition("=")
         FAULTS[name](options)
-    train.leave(train.main(arguments))
+    leave(train.main(arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -37,8 +38,9 @@ def test_a_full_disk(unharmed: Path, tmp_path: Path, full: str, size: str) -> No
         "echo status $?",
         f"cp -rL {run_dir} {tmp_path / 'copy'}",  # the mount is gone when its name space ends
     ]
+    as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", "\n".join(steps)],
+        ["unshare", "--mount", *as_root, "sh", "-c", "\n".join(steps)],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=2 * SECONDS,
     )  # fmt: skip
     assert [line for line in done.stdout.splitlines() if line.startswith("status")] == ["status 1", "status 0"]

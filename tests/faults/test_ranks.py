@@ -17,7 +17,7 @@ from tests.faults.harness import ENVIRONMENT, RECIPE, SMALL, metrics
 from tests.tiny import ROOT
 from tests.training.test_processes import TWO_PROCESSES
 
-TIMEOUT = 6.0
+TIMEOUT = 20.0
 
 
 @pytest.fixture

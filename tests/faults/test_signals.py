@@ -55,6 +55,8 @@ def test_what_cannot_be_saved_in_time_is_left(tmp_path: Path) -> None:
     """The grace period ends the process wherever it is."""
     run_dir = tmp_path / "run"
     words = command(run_dir, "max_steps=40", "phases=[{type: on_policy, utd_ratio: 500}]", "faults.grace=0.5")
+    words[words.index("remix.train")] = "remix.cli"
+    words.insert(words.index("remix.cli") + 1, "train")
     process = started(words, run_dir / "recipe.yaml", 1)
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("step 0/40"))

@@ -72,7 +72,7 @@ import os, signal, time
 from remix.training.interruption import Interruption
 with Interruption(grace=0.2) as heard:
     heard.begin()
-    heard.missing = lambda: {missing!r}
+    heard.gone = lambda: {missing!r}
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
