@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         """Size and height by the identity of the node, which the graph of nodes keeps alive."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        start = self.peek_event().start_mark
+        start: Any = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         is_alias = self.check_event(yaml.AliasEvent)
         size, height = self._size, self._height
         self._depth, self._height = self._depth + 1, 0

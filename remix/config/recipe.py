@@ -166,7 +166,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     except (OSError, ValueError) as error:  # no permission; a name too long or no name at all
-        raise RecipeError(f"{path}: cannot be opened: {error}") from None
+        raise RecipeError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this holds {type(data).__name__}")
     data = _anchor_paths(data, path.parent)

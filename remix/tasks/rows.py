@@ -64,10 +64,9 @@ def cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
     """The column's cell as it is. Raises ValueError where there is no such column."""
     if column not in row:
         remedy = f"set `{key}` to the right one" + (", or to null to number the rows" if key == "id" else "")
-        names = [printable(name) for name in row]
         raise ValueError(
-            f"{where}: no column '{column}' among {printable(', '.join(map(repr, names)))}; "
-            f"{printable(nearest(column, names))} {remedy}"
+            f"{where}: no column '{column}' among {printable(', '.join(map(repr, row)))}; "
+            f"{printable(nearest(column, row))} {remedy}"
         )
     return row[column]
 

@@ -30,14 +30,83 @@ START_SECONDS = 20.0
 
 KNOWN = sorted({text for cases in CASES.values() for gold, answer, _ in cases for text in (gold, answer)})
 PIECES = sorted({piece for text in KNOWN for piece in re.findall(r"\\[A-Za-z]+|\\.|\d+|[A-Za-z]+|.", text)})
-FRAMES = [r"\frac{%s}{%s}", r"\sqrt{%s}", r"\sqrt[%s]{%s}", "(%s, %s)", "[%s, %s)", r"\{%s, %s\}", "{%s}^{%s}", "%s_{%s}"]
-FRAMES += [r"\text{%s}", "|%s|", "%s = %s", r"%s \pm %s", "-%s", "%s!", r"\left(%s\right)", r"\boxed{%s}", r"\log_{%s} %s"]
-FRAMES += [r"\begin{pmatrix} %s & %s \\ %s & %s \end{pmatrix}", r"\binom{%s}{%s}", "%s %% %s", r"%s \cup %s", "%s^%s^%s"]
+FRAMES = [
+    r"\frac{%s}{%s}",
+    r"\sqrt{%s}",
+    r"\sqrt[%s]{%s}",
+    "(%s, %s)",
+    "[%s, %s)",
+    r"\{%s, %s\}",
+    "{%s}^{%s}",
+    "%s_{%s}",
+]
+FRAMES += [
+    r"\text{%s}",
+    "|%s|",
+    "%s = %s",
+    r"%s \pm %s",
+    "-%s",
+    "%s!",
+    r"\left(%s\right)",
+    r"\boxed{%s}",
+    r"\log_{%s} %s",
+]
+FRAMES += [
+    r"\begin{pmatrix} %s & %s \\ %s & %s \end{pmatrix}",
+    r"\binom{%s}{%s}",
+    "%s %% %s",
+    r"%s \cup %s",
+    "%s^%s^%s",
+]
 FRAMES += [r"\sin %s", r"\lfloor %s \rfloor", r"%s \le x < %s", "%s:%s", "%s %s", r"%s\text{ cm}", "%s.%s", "%s,%s"]
-ODD = ["9^{9^{9^{9}}}", "10^{10^{10}}", "1e5000", "1e-5000", "1e999999", "9" * 1900, "0." + "3" * 1900, "(" * 900, "{" * 900]
-ODD += ["\0", "\x1b[0m", "\u202e", "\ud800", "½", "²", "٣", "𝟛", "10^{-5000}", r"\infty", "x^{10^9}", "1/0", "0^0", "0/0", "-0"]
-ODD += [r"\frac{1}{" * 200 + "2" + "}" * 200, "x" * 1999, "1," * 700, r"\pm 1" * 60, "2^" * 400 + "2", "1+" * 900 + "1", "||" * 90]
-ODD += [r"\sqrt[0]{2}", r"\log_1 2", r"\log 0", r"\binom{-1}{10^{9}}", "(10^{9})!", "i^i", r"\tan \frac{\pi}{2}", r"\frac{0}{0}", "_" * 50]
+ODD = [
+    "9^{9^{9^{9}}}",
+    "10^{10^{10}}",
+    "1e5000",
+    "1e-5000",
+    "1e999999",
+    "9" * 1900,
+    "0." + "3" * 1900,
+    "(" * 900,
+    "{" * 900,
+]
+ODD += [
+    "\0",
+    "\x1b[0m",
+    "\u202e",
+    "\ud800",
+    "½",
+    "²",
+    "٣",
+    "𝟛",
+    "10^{-5000}",
+    r"\infty",
+    "x^{10^9}",
+    "1/0",
+    "0^0",
+    "0/0",
+    "-0",
+]
+ODD += [
+    r"\frac{1}{" * 200 + "2" + "}" * 200,
+    "x" * 1999,
+    "1," * 700,
+    r"\pm 1" * 60,
+    "2^" * 400 + "2",
+    "1+" * 900 + "1",
+    "||" * 90,
+]
+ODD += [
+    r"\sqrt[0]{2}",
+    r"\log_1 2",
+    r"\log 0",
+    r"\binom{-1}{10^{9}}",
+    "(10^{9})!",
+    "i^i",
+    r"\tan \frac{\pi}{2}",
+    r"\frac{0}{0}",
+    "_" * 50,
+]
 
 LEAVES = st.one_of(
     st.sampled_from(KNOWN),
@@ -71,10 +140,27 @@ def spoilt(draw: Draw) -> str:
 
 
 TEXTS = spoilt() | st.recursive(LEAVES, _framed, max_leaves=6)
-PAIRS = st.tuples(TEXTS, TEXTS) | st.sampled_from([(gold, answer) for cases in CASES.values() for gold, answer, _ in cases])
+PAIRS = st.tuples(TEXTS, TEXTS) | st.sampled_from(
+    [(gold, answer) for cases in CASES.values() for gold, answer, _ in cases]
+)
 
-RESPONSES = [r"\boxed{%s}", r"So \boxed{%s} holds.", "The answer is $%s$.", "The answer is %s", "<answer>%s</answer>", "#### %s", "%s"]
-RESPONSES += [r"<think>%s</think> \boxed{%s}", r"<think> \boxed{%s}", r"\boxed{%s", r"\boxed{\boxed{%s}} and \boxed{%s}", "$$%s$$", r"\[%s\]"]
+RESPONSES = [
+    r"\boxed{%s}",
+    r"So \boxed{%s} holds.",
+    "The answer is $%s$.",
+    "The answer is %s",
+    "<answer>%s</answer>",
+    "#### %s",
+    "%s",
+]
+RESPONSES += [
+    r"<think>%s</think> \boxed{%s}",
+    r"<think> \boxed{%s}",
+    r"\boxed{%s",
+    r"\boxed{\boxed{%s}} and \boxed{%s}",
+    "$$%s$$",
+    r"\[%s\]",
+]
 
 # --- in this process ----------------------------------------------------------------------------------------------
 

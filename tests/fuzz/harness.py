@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -142,10 +142,8 @@ def bounded() -> Iterator[None]:
 def _peak_memory(reset: bool = False) -> int:
     """Bytes of the highest resident set, since the last reset where the system allows one."""
     if reset:
-        try:
+        with suppress(OSError):  # a read-only /proc: the peak is then that of the process's life
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # a read-only /proc: the peak is then that of the process's life
-            pass
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) << 10

@@ -92,18 +92,41 @@ CELLS = st.one_of(
     st.sampled_from([float("nan"), float("inf"), 1e300, True, None, "", " ", 2**70]),
     st.floats(),
     st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]) | TEXT, "content": TEXT}), max_size=3),
-    st.recursive(TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=5),
+    st.recursive(
+        TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=5
+    ),
 )
-GOOD_ROWS = st.fixed_dictionaries({"id": st.integers(0, 10**6).map(str), "problem": st.text(min_size=1), "answer": st.integers()})
+GOOD_ROWS = st.fixed_dictionaries(
+    {"id": st.integers(0, 10**6).map(str), "problem": st.text(min_size=1), "answer": st.integers()}
+)
 ROWS = st.one_of(
     GOOD_ROWS,
     GOOD_ROWS,
     st.fixed_dictionaries({"id": CELLS, "problem": CELLS, "answer": CELLS}, optional={"more": CELLS}),
     st.dictionaries(st.sampled_from(["id", "problem", "answer", "problem_text"]) | TEXT, CELLS, max_size=5),
 )
-PIECES = [b'{"id": 1, "problem": "p", "answer": ' + cell + b"}" for cell in (b"9" * 5000, b"1e999", b"-" * 2, b"NaN", b'"\\ud800"', b'"\xff"')]
-PIECES += [b"[" * 100_000, b'{"a":' * 5_000, b'{"problem": "' + b"x" * 300_000 + b'"}', b"\xef\xbb\xbf{}", b"{}", b"\0", b"[]", b"nul", b" \t", b"\r"]
-PIECES += [b'{"id": 1, "id": 2, "problem": "p", "answer": "a"}', b"\x1f\x8b\x08", b'{"problem": "\xed\xa0\x80"}', b'{"' + b"k" * 50_000 + b'": 1}']
+PIECES = [
+    b'{"id": 1, "problem": "p", "answer": ' + cell + b"}"
+    for cell in (b"9" * 5000, b"1e999", b"-" * 2, b"NaN", b'"\\ud800"', b'"\xff"')
+]
+PIECES += [
+    b"[" * 100_000,
+    b'{"a":' * 5_000,
+    b'{"problem": "' + b"x" * 300_000 + b'"}',
+    b"\xef\xbb\xbf{}",
+    b"{}",
+    b"\0",
+    b"[]",
+    b"nul",
+    b" \t",
+    b"\r",
+]
+PIECES += [
+    b'{"id": 1, "id": 2, "problem": "p", "answer": "a"}',
+    b"\x1f\x8b\x08",
+    b'{"problem": "\xed\xa0\x80"}',
+    b'{"' + b"k" * 50_000 + b'": 1}',
+]
 
 
 @st.composite
@@ -177,7 +200,10 @@ LOGS = st.builds(
     st.text(max_size=9) | st.sampled_from(["mix_policy", "\u2028", "\ud800"]),
     st.none() | st.integers(0, 400),
     st.just([]) | st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3),
-    st.none() | st.none() | st.binary(max_size=40) | st.sampled_from([*PIECES, b'{"step": null}', b'{"step": 1e999}', b"{}"]),
+    st.none()
+    | st.none()
+    | st.binary(max_size=40)
+    | st.sampled_from([*PIECES, b'{"step": null}', b'{"step": 1e999}', b"{}"]),
 )
 
 

@@ -108,14 +108,22 @@ def _choices(annotation: Any) -> Iterator[str]:
 
 
 KEYS = sorted({name for block in _blocks() for name in block.model_fields})
-TAGS = sorted({tag for block in _blocks() for field in block.model_fields.values() for tag in _choices(field.annotation)})
+TAGS = sorted(
+    {tag for block in _blocks() for field in block.model_fields.values() for tag in _choices(field.annotation)}
+)
 
 SURROGATES = st.text(st.characters(categories=["Cs", "Lu", "Nd"]), max_size=4)
-HUGE = st.builds(lambda sign, base, power: sign * base**power, st.sampled_from([1, -1]), st.sampled_from([2, 10]), st.integers(60, 5000))
+HUGE = st.builds(
+    lambda sign, base, power: sign * base**power,
+    st.sampled_from([1, -1]),
+    st.sampled_from([2, 10]),
+    st.integers(60, 5000),
+)
 """Up to more digits than Python writes out."""
 ODD_TEXT = st.sampled_from(
-    ["1e-5", "1e400", "9" * 5000, "0x" + "f" * 5000, ".inf", "nan", "~", "", "{problem}", "./x", "../" * 40, "a/b/c", "x" * 5000]
-    + ["a\0b", "²", "٣", "(", "(a+)+$", "\x1b[31m", "\u2028", "=", "<<", "2001-99-99", "1:60:60"]
+    ["1e-5", "1e400", "9" * 5000, "0x" + "f" * 5000, ".inf", "nan", "~", "", "{problem}", "./x", "../" * 40, "a/b/c"]
+) | st.sampled_from(
+    ["x" * 5000, "a\0b", "²", "٣", "(", "(a+)+$", "\x1b[31m", "\u2028", "=", "<<", "2001-99-99", "1:60:60"]
 )
 SCALARS = st.one_of(
     st.none(),
@@ -134,7 +142,10 @@ SCALARS = st.one_of(
 )
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5) | st.integers() | SURROGATES, inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5) | st.integers() | SURROGATES, inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
@@ -144,7 +155,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(
-    int, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:int", hex(value) if abs(value) > 2**99 else str(value))
+    int,
+    lambda dumper, value: dumper.represent_scalar(
+        "tag:yaml.org,2002:int", hex(value) if abs(value) > 2**99 else str(value)
+    ),
 )
 
 
@@ -174,7 +188,9 @@ def _mutate(draw: Draw, data: dict[str, Any]) -> None:
         return
     parent, key = _at(data, path[:-1]), path[-1]
     value = parent[key]
-    match draw(st.sampled_from(["near", "near", "near", "replace", "drop", "rename", "add", "repeat", "swap", "deepen"])):
+    match draw(
+        st.sampled_from(["near", "near", "near", "replace", "drop", "rename", "add", "repeat", "swap", "deepen"])
+    ):
         case "near":
             parent[key] = draw(_near(value))
         case "replace":
@@ -220,8 +236,40 @@ def damaged_data(draw: Draw) -> dict[str, Any]:
     return data
 
 
-SNIPPETS = ["&a ", "*a", "<<: *a\n", "<<: [*a, *a]\n", "!!int ", "!!float x", "!!timestamp x", "!!bool x", "!!set ", "? ", "- ", ": "]
-SNIPPETS += ["\t", "\0", "\ufeff", "\r\n", "'", '"', "\\ud800", "{", "}", "[", "]", "|\n", "%YAML 9.9\n---\n", "---\n", "...", "0x_", "0b", "2001-99-99"]
+SNIPPETS = [
+    "&a ",
+    "*a",
+    "<<: *a\n",
+    "<<: [*a, *a]\n",
+    "!!int ",
+    "!!float x",
+    "!!timestamp x",
+    "!!bool x",
+    "!!set ",
+    "? ",
+    "- ",
+    ": ",
+]
+SNIPPETS += [
+    "\t",
+    "\0",
+    "\ufeff",
+    "\r\n",
+    "'",
+    '"',
+    "\\ud800",
+    "{",
+    "}",
+    "[",
+    "]",
+    "|\n",
+    "%YAML 9.9\n---\n",
+    "---\n",
+    "...",
+    "0x_",
+    "0b",
+    "2001-99-99",
+]
 SNIPPETS += ["[" * 5000, "{a: " * 2000, "- " * 3000, "9" * 5000, "x" * 100_000]
 
 
@@ -266,7 +314,9 @@ def overrides(draw: Draw) -> list[str]:
     plain = VALUES.map(lambda value: dumped(value, default_flow_style=True))
     value = plain | st.integers(1, 300).map(str) | st.sampled_from(SNIPPETS + TAGS) | ODD_TEXT
     near = st.sampled_from(list(_places(data))).flatmap(
-        lambda path: _near(_at(data, path)).map(lambda value: f"{'.'.join(map(str, path))}={dumped(value, default_flow_style=True)}")
+        lambda path: _near(_at(data, path)).map(
+            lambda value: f"{'.'.join(map(str, path))}={dumped(value, default_flow_style=True)}"
+        )
     )
     wild = st.builds("{}={}".format, key, value) | st.text(max_size=9)
     return draw(st.lists(near, min_size=1, max_size=3) | st.lists(near | wild, min_size=1, max_size=3))
@@ -292,6 +342,12 @@ def _alone(content: st.SearchStrategy[bytes]) -> st.SearchStrategy[Loaded]:
 
 DAMAGED = damaged_data().map(lambda data: _encoded(dumped(data))) | damaged_text().map(_encoded)
 BYTES = _alone(st.binary(max_size=400) | st.sampled_from(CORPUS).flatmap(lambda text: flipped(text.encode())))
-TEXT = _alone((VALUES.map(dumped) | bombs() | st.lists(st.sampled_from(SNIPPETS) | st.text(max_size=6), max_size=9).map("".join)).map(_encoded))
+TEXT = _alone(
+    (
+        VALUES.map(dumped)
+        | bombs()
+        | st.lists(st.sampled_from(SNIPPETS) | st.text(max_size=6), max_size=9).map("".join)
+    ).map(_encoded)
+)
 MUTATED = _alone(DAMAGED)
 OVERRIDDEN = st.tuples(st.just(RICH.encode()), overrides())

@@ -47,7 +47,9 @@ def same(groups: list[RolloutGroup], others: list[RolloutGroup]) -> bool:
 TEXT = st.text(max_size=12)
 TORN_TEXT = TEXT | st.text(st.characters(categories=["Cs", "Ll"]), max_size=3)
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(lambda ids: torch.tensor(ids, dtype=torch.int64))
-FLOATS32 = st.floats(width=32).map(lambda value: float("nan") if value != value else value)  # quiet, as arithmetic makes it
+FLOATS32 = st.floats(width=32).map(
+    lambda value: float("nan") if value != value else value
+)  # quiet, as arithmetic makes it
 
 
 def _floats(size: int) -> st.SearchStrategy[torch.Tensor]:
@@ -207,16 +209,16 @@ def check_damaged(tools: Tools, damage: Damage) -> Outcome:
     path = tools.folder / "damaged.parquet"
     path.write_bytes(damage.done(content))
     try:
-        back = read_shard(path)
+        assert same(read_shard(path), kept), "what is read is what was written"
+        return "accepted"
     except ValueError as error:
-        assert type(error) is ValueError, "pyarrow's own errors stay inside"
-        message = str(error)
-        assert message.startswith(f"{path}: ")
-        assert len(message) <= 5_000
-        assert message.isprintable()
-        return "refused"
-    assert same(back, kept), "what is read is what was written"
-    return "accepted"
+        refusal = error
+    assert type(refusal) is ValueError, "pyarrow's own errors stay inside"
+    message = str(refusal)
+    assert message.startswith(f"{path}: ")
+    assert len(message) <= 5_000
+    assert message.isprintable()
+    return "refused"
 
 
 # --- the buffer ---------------------------------------------------------------------------------------------------
