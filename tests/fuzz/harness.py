@@ -100,7 +100,7 @@ class MachineTarget:
 
 
 def fuzz(target: Target | MachineTarget, tools: Tools, examples: int, number: int | None = None) -> Tally:
-    """So many inputs, always the same without a seed `number`."""
+    """So many inputs, derandomised without a seed `number`."""
     tally = Tally()
     config = settings(
         max_examples=examples,

@@ -1,4 +1,4 @@
-"""Every target on a fixed budget of inputs, always the same ones; scripts/fuzz.py goes on with others."""
+"""Every target on a fixed, derandomised budget of inputs; scripts/fuzz.py goes on with others."""
 
 from __future__ import annotations
 
