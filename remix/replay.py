@@ -125,7 +125,8 @@ def write_shard(path: Path, step: int, kept: Sequence[RolloutGroup], dropped: Se
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:  # and on the disk: a checkpoint will count on it
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, compression="zstd")
+        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)  # a flipped bit is no other token
 
 
 def remove_shards(run_dir: Path, from_step: int) -> None:
@@ -137,12 +138,26 @@ def remove_shards(run_dir: Path, from_step: int) -> None:
 
 
 def read_shard(path: Path) -> list[RolloutGroup]:
-    """The replayable groups of a step, as they were written."""
+    """The replayable groups of a step, as they were written. Raises ValueError where the file is not whole."""
     groups: dict[int, list[tuple[Prompt, Rollout]]] = {}
-    for row in pq.read_table(path, schema=_SCHEMA).to_pylist():
-        if row["replayable"]:
-            groups.setdefault(row["group"], []).append(_rollout(row))
+    try:
+        for row in _read_table(path).to_pylist():
+            if row["replayable"]:
+                groups.setdefault(row["group"], []).append(_rollout(row))
+    except (pa.ArrowException, OSError, MemoryError, ValueError, TypeError, LookupError) as error:
+        reason = "".join(char if char.isprintable() else " " for char in str(error)[:500])
+        raise ValueError(f"{path}: no whole rollout log ({reason}); resume from a checkpoint before it") from None
     return [RolloutGroup(members[0][0], tuple(rollout for _, rollout in members)) for members in groups.values()]
+
+
+def _read_table(path: Path) -> pa.Table:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if not file.schema_arrow.equals(_SCHEMA):
+            raise ValueError("its columns are not those of this version")
+        table = file.read()
+        if table.num_rows != file.metadata.num_rows:
+            raise ValueError(f"{table.num_rows} of {file.metadata.num_rows} rows")
+        return table
 
 
 def _row(
@@ -186,8 +201,8 @@ def _rollout(row: dict[str, Any]) -> tuple[Prompt, Rollout]:
     images = tuple(row["images"])
     prompt = Prompt(row["prompt_id"], content, row["answer"], row["task"], tuple(row["prompt_ids"]), images)
     return prompt, Rollout(
-        prompt_ids=torch.tensor(row["prompt_ids"]),
-        response_ids=torch.tensor(row["response_ids"]),
+        prompt_ids=torch.tensor(row["prompt_ids"], dtype=torch.int64),
+        response_ids=torch.tensor(row["response_ids"], dtype=torch.int64),
         sampler_logprobs=torch.tensor(row["sampler_logprobs"], dtype=torch.float32),
         policy_version=row["policy_version"],
         finish_reason=row["finish_reason"],

@@ -8,10 +8,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.tiny import make_tiny_model
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the tests of tests/fuzz counted, whichever process ran them."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    rows = [value for report in reports for name, value in report.user_properties if name == "fuzz"]
+    if rows:
+        terminalreporter.section("fuzzing")
+        headings = ("target", "examples", "accepted", "refused", "failures", "seconds")
+        totals = ["all", *(round(sum(column), 1) for column in list(zip(*rows, strict=True))[1:])]
+        for name, *counts in (headings, *rows, totals):
+            terminalreporter.write_line(f"{name:18}" + "".join(f"{count:>10}" for count in counts))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -238,6 +239,46 @@ def test_resuming_from_shards_draws_what_the_interrupted_run_would(tmp_path: Pat
 def test_a_shard_without_groups_is_a_shard(tmp_path: Path) -> None:
     write_shard(shard_path(tmp_path, 0), 0, [])
     assert read_shard(shard_path(tmp_path, 0)) == []
+
+
+def test_an_empty_response_keeps_its_type(tmp_path: Path) -> None:
+    none = torch.tensor([], dtype=torch.int64)
+    before = RolloutGroup(
+        Prompt("p", "", "2", "sum"), (Rollout(none, none, torch.zeros(0), 0, "stop", 0, "", Score(0.0, "wrong")),)
+    )
+    write_shard(tmp_path / "x.parquet", 0, [before])
+    assert_same(before, read_shard(tmp_path / "x.parquet")[0])
+
+
+def test_a_flipped_bit_is_never_read_as_something_else(tmp_path: Path) -> None:
+    path = shard_path(tmp_path, 4)
+    write_shard(path, 4, [full_group()])
+    content, kept = path.read_bytes(), read_shard(path)
+    refusals = []
+    for place in range(0, len(content), 23):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert_same(read_shard(path)[0], kept[0])
+        except ValueError as error:
+            refusals.append(error)
+    assert len(refusals) > 100
+    assert {type(error) for error in refusals} == {ValueError}, "none of pyarrow's own"
+    assert all(str(error).startswith(f"{path}: no whole rollout log (") for error in refusals)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"x" * 100, b"PAR1" + bytes(8) + b"PAR1"])
+def test_what_is_no_shard_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.parquet: no whole rollout log .*resume from a checkpoint before it"):
+        read_shard(tmp_path / "x.parquet")
+
+
+def test_columns_of_another_table_are_no_shard(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"step": [1]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="its columns are not those of this version"):
+        read_shard(tmp_path / "x.parquet")
 
 
 def test_a_crash_in_between_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
 
 from remix.config.block import Block, Fraction
 
@@ -53,8 +54,19 @@ class LoraAdapter(Block):
     alpha: PositiveFloat = 32.0
     dropout: Fraction = 0.0
     targets: str | tuple[str, ...] = "all-linear"
+    """Names of matrices, or a regular expression that their whole names match."""
     rslora: bool = False
     dora: bool = False
+
+    @field_validator("targets")
+    @classmethod
+    def _regular(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"not a regular expression ({error}); name the matrices in a list") from None
+        return targets
 
 
 class SharedCritic(Block):

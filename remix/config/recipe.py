@@ -21,9 +21,10 @@ from remix.config.algorithm import (
     PhaseConfig,
     ReincarnationConfig,
 )
-from remix.config.block import Block, nearest
+from remix.config.block import Block, nearest, printable
 from remix.config.data import LengthReward, PromptConfig, RewardConfig, TaskConfig
 from remix.config.model import LoraAdapter, ModelConfig, NoAdapter, SeparateCritic, SharedCritic
+from remix.config.reading import LARGEST, read_yaml
 from remix.config.rollout import BatchConfig, RolloutConfig
 from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
 from remix.secrets import find_secret, redact
@@ -46,7 +47,8 @@ class Recipe(Block):
     advantage: AdvantageConfig = GRPOAdvantage()
     objective: ObjectiveConfig = ObjectiveConfig()
     kl: KLConfig = KLConfig()
-    phases: Annotated[tuple[PhaseConfig, ...], Field(min_length=1)] = (OnPolicyPhase(),)
+    phases: Annotated[tuple[PhaseConfig, ...], Field(min_length=1, max_length=12)] = (OnPolicyPhase(),)
+    """The plan counts through every way in which they may end, which doubles with each."""
     reincarnation: ReincarnationConfig = ReincarnationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
@@ -133,8 +135,21 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             )
 
 
+MOST_LINES = 20
+"""Of a message."""
+
+
 class RecipeError(ValueError):
-    """A recipe that cannot be run. The message names file, key, cause and remedy."""
+    """A recipe that cannot be run. The message names file, key, cause and remedy.
+
+    Whatever the file holds, the message is short, and any terminal shows it.
+    """
+
+    def __init__(self, message: str) -> None:
+        lines = message.split("\n")
+        shown = [printable(line) for line in lines[:MOST_LINES]]
+        more = len(lines) - len(shown)
+        super().__init__("\n".join([*shown, f"and {more} more lines"] if more else shown))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -144,13 +159,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            data = read_yaml(file.read(LARGEST + 1))  # one more than is read shows what is too long
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe; recipes are YAML files, see recipes/") from None
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a directory; name one of its recipes") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {_yaml_problem(error)}") from None
+    except (OSError, ValueError) as error:  # no permission; a name too long or no name at all
+        raise RecipeError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this holds {type(data).__name__}")
     data = _anchor_paths(data, path.parent)
@@ -225,7 +243,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"override '{override}': expected dotted.key=value, for example optimizer.lr=1e-5")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError:
         value = text
     *parents, leaf = key.split(".")
@@ -249,8 +267,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _index(items: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(items):
-        raise RecipeError(f"override '{override}': '{name}' must be an index from 0 to {len(items) - 1}")
+    indices = [str(index) for index in range(len(items))]
+    if name not in indices:
+        allowed = f"must be an index from 0 to {indices[-1]}" if items else "is an index of an empty list"
+        raise RecipeError(f"override '{override}': '{name}' {allowed}")
     return int(name)
 
 

@@ -20,7 +20,7 @@ from remix.rewards.answers.numerals import rational
 from remix.types import Verdict
 
 GRADER_NAME = "remix-math"
-GRADER_VERSION = "1.0"
+GRADER_VERSION = "1.1"
 """Changes whenever a verdict may: results of other versions are not comparable."""
 
 ANSWER_LIMIT = 2_000
@@ -62,7 +62,7 @@ def quick_grade(golds: Sequence[str], answer: str | None) -> Grade | None:
     if number is not None and any(number == rational(gold) for gold in plain_golds):
         return Grade("correct", answer)
     # Unequal integers are decided; decimals may be rounded, and 1,234 may be two numbers.
-    if text.lstrip("-").isdigit() and all(gold.lstrip("-").isdigit() for gold in plain_golds):
+    if text.lstrip("-").isdecimal() and all(gold.lstrip("-").isdecimal() for gold in plain_golds):
         return Grade("wrong", answer)
     return None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -25,24 +26,31 @@ def load_jsonl(config: JsonlTask, split: Split, task: str) -> list[Prompt]:
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a file, each with its place. Raises ValueError on what is not JSON lines."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for what is too long for a path
         raise ValueError(f"{path}: no such file; relative paths start at the working directory, {Path.cwd()}")
     refuse_pickled(path, "write the problems as JSON lines")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            yield from _parsed(lines, path)
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}: not JSON lines ({error}); write one JSON object a line, as text in UTF-8") from error
-
-
-def _parsed(lines: Iterable[str], path: Path) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
+    for where, line in _lines(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); each line has to be one JSON object") from error
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 ({error}); convert the file") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error}); each line has to be one JSON object") from error
+        except RecursionError:
+            raise ValueError(f"{where}: JSON nested too deeply; each line has to be one flat JSON object") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a {type(row).__name__}; each line has to be one JSON object")
-        yield f"{path}:{number}", row
+            raise ValueError(f"{where}: a {type(row).__name__}; each line has to be one JSON object")
+        yield where, row
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each line and its place. As bytes, so that what cannot be decoded has a place, too."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                yield f"{path}:{number}", line
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: cannot be read ({error}); copy the file anew") from error

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from remix.config import HubTask, JsonlTask
-from remix.config.block import nearest
+from remix.config.block import nearest, printable
 from remix.types import Message, Prompt
 
 Split = Literal["train", "test"]
@@ -29,7 +30,7 @@ def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> l
         identity = f"{task}/{number}" if config.id is None else text(row, "id", config.id, where)
         if identity in origins:
             raise ValueError(
-                f"{where}: the id '{identity}' is also that of {origins[identity]}; "
+                f"{where}: the id '{printable(identity)}' is also that of {origins[identity]}; "
                 "make ids unique, or set `id: null` to number the rows"
             )
         origins[identity] = where
@@ -64,7 +65,8 @@ def cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
     if column not in row:
         remedy = f"set `{key}` to the right one" + (", or to null to number the rows" if key == "id" else "")
         raise ValueError(
-            f"{where}: no column '{column}' among {', '.join(map(repr, row))}; {nearest(column, row)} {remedy}"
+            f"{where}: no column '{column}' among {printable(', '.join(map(repr, row)))}; "
+            f"{printable(nearest(column, row))} {remedy}"
         )
     return row[column]
 
@@ -72,11 +74,15 @@ def cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
 def text(row: Mapping[str, Any], key: str, column: str, where: str) -> str:
     """The column's cell as text; `key` is the setting that names the column, for messages."""
     value = cell(row, key, column, where)
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and value.strip() and _is_text(value):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     found = "empty" if is_empty(value) else f"a {type(value).__name__}, not text"
+    if isinstance(value, float):
+        found = "no finite number"
+    elif isinstance(value, str) and not _is_text(value):
+        found = "not text: it holds half of a surrogate pair"
     raise ValueError(
         f"{where}: the {key} (column '{column}') is {found}; remove the row or set `{key}` to another column"
     )
@@ -96,4 +102,15 @@ def _content(row: Mapping[str, Any], column: str, where: str) -> str | tuple[Mes
 
 
 def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
+    return isinstance(turn, Mapping) and all(
+        isinstance(turn.get(key), str) and _is_text(turn[key]) for key in ("role", "content")
+    )
+
+
+def _is_text(value: str) -> bool:
+    r"""Whether it can be encoded: "\ud800", which JSON can write, cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

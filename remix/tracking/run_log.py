@@ -63,8 +63,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines = path.read_bytes().split(b"\n")
+    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1)]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            return row
+        found = "no JSON object with a `step`"
+    except (ValueError, RecursionError) as error:
+        found = f"not JSON ({error})"
+    raise ValueError(f"{where}: {found}; the log is damaged: remove the line")
 
 
 def _keep_before(path: Path, step: int) -> None:

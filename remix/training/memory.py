@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -134,10 +135,10 @@ def is_target(module: str, targets: str | tuple[str, ...]) -> bool:
 def find_shape(model: ModelConfig) -> ModelShape | None:
     """From the directory's config.json, else from the hub's local cache, else from `model.size`. No network."""
     path = Path(model.path) / "config.json"
-    if not Path(model.path).is_dir():
+    if not os.path.isdir(model.path):  # unlike Path.is_dir, False for what is too long for a path
         cached = _cached_config(model.path, model.revision)
         path = cached or path
-    if path.is_file():
+    if os.path.isfile(path):
         shape = shape_from_config(json.loads(path.read_text(encoding="utf-8")))
         if shape is not None:
             return shape

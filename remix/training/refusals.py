@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +28,7 @@ def refuse_contradictions(recipe: Recipe, world_size: int) -> None:
 def check_model_directory(path: str | Path) -> None:
     """Raises ValueError where a directory lacks what `from_pretrained` will ask for."""
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for what is too long for a path
         raise ValueError(f"{path}: no such directory; name a model's directory or a hub id")
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: holds an adapter, not a model: merge it into its base first")
@@ -40,7 +41,7 @@ def check_model_directory(path: str | Path) -> None:
 
 def is_local(path: str) -> bool:
     """A directory, or what can only be meant as one; anything else is a hub id."""
-    return Path(path).is_dir() or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    return os.path.isdir(path) or path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
 
 
 def _models(recipe: Recipe) -> Iterator[str]:

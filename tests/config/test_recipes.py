@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,99 @@ def test_unreadable_files(tmp_path: Path) -> None:
     broken.write_text("steps: 3")
     with pytest.raises(RecipeError, match="model: is required"):
         load_recipe(broken)
+
+
+# --- files that nobody meant --------------------------------------------------------------------------------------
+
+LISTS = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))])
+MERGES = LISTS.replace("[x]", "{x: 1}").replace("[*", "{<<: [*").replace("]", "]}").replace("{x: 1}}", "{x: 1}")
+UNREADABLE = {
+    "aliases of aliases": (LISTS, "its aliases stand for more than 131,072 characters"),
+    "merges of merges": (MERGES, "its aliases stand for more than 131,072 characters"),
+    "aliases in a long row": (
+        "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 80))]),
+        "its aliases nest deeper than 50 levels",
+    ),
+    "an alias in itself": ("a: &a [*a]", "an alias stands inside what it stands for"),
+    "deep": ("a: " + "[" * 5000, "nested deeper than 50 levels"),
+    "long": ("a: " + "x" * 200_000, "longer than 131,072 characters"),
+    "a key twice": ("steps: 3\nseed: 1\nsteps: 4", "the key 'steps' stands twice"),
+    "a long number": ("steps: " + "9" * 5000, "a whole number of 5,000 characters"),
+    "no number": ("steps: 0x_", "a value is not what it looks like"),
+    "no date": ("steps: 2001-02-30", "a value is not what it looks like"),
+    "a wrong tag": ("steps: !!int x", "a value is not what it looks like"),
+    "bytes": (b"steps: \xff", "not readable as YAML"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_recipe_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    content, message = UNREADABLE[name]
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+    assert time.process_time() - began < 2  # measured: under 0.1 s
+
+
+def test_aliases_and_merges_are_read(minimal: Path) -> None:
+    minimal.write_text(
+        MINIMAL + "rollout: {max_tokens: &length 64}\nprompt: {<<: {max_tokens: 9}, max_tokens: *length}\n"
+    )
+    recipe = load_recipe(minimal)
+    assert (recipe.rollout.max_tokens, recipe.prompt.max_tokens) == (64, 64)
+
+
+def test_a_message_is_short_and_can_be_shown(minimal: Path) -> None:
+    for text in ("run_dir: [" + "x" * 100_000 + "]", '"' + "k" * 100_000 + '": 1', '"\\ud800\\e[31m": 1', "- \x1b"):
+        minimal.write_text(text)
+        with pytest.raises(RecipeError) as refusal:
+            load_recipe(minimal)
+        assert len(str(refusal.value)) < 3000
+        assert str(refusal.value).replace("\n", "").isprintable()
+    minimal.write_text(MINIMAL.replace("[{type: arithmetic}]", "[" + "{type: x}, " * 100 + "]"))
+    with pytest.raises(RecipeError, match=r"\nand 8[01] more lines$"):
+        load_recipe(minimal)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["objective.entropy_weight=.nan", "kl.weight=.inf", "optimizer.lr=1e300", "steps=9223372036854775808"],
+)
+def test_numbers_that_cannot_be_counted_with(minimal: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{override.partition('=')[0].split('.')[-1]}' has to be a number below 2"):
+        load_recipe(minimal, [override])
+
+
+def test_a_place_in_a_list_is_a_plain_number(minimal: Path) -> None:
+    for index in ("²", "٣", "9" * 5000, "-1", "01"):
+        with pytest.raises(RecipeError, match="must be an index from 0 to 0"):
+            load_recipe(minimal, [f"tasks.{index}.size=4"])
+    with pytest.raises(RecipeError, match="'0' is an index of an empty list"):
+        load_recipe(minimal, ["tasks=[]", "tasks.0=x"])
+
+
+def test_targets_that_are_no_pattern(minimal: Path) -> None:
+    with pytest.raises(RecipeError, match=r"targets.*not a regular expression .*name the matrices in a list"):
+        load_recipe(minimal, ['adapter={type: lora, targets: "("}'])
+
+
+def test_more_phases_than_can_be_planned(minimal: Path) -> None:
+    phase = "{type: on_policy, until: [{type: reward_plateau, window: 1}, {type: steps, after: 5}]}"
+    most = load_recipe(minimal, [f"phases=[{', '.join([phase] * 11)}, {{type: on_policy}}]"])
+    assert len(make_plan(most).phases) == 12
+    with pytest.raises(RecipeError, match=r"phases: .* at most 12"):
+        load_recipe(minimal, [f"phases=[{', '.join([phase] * 12)}, {{type: on_policy}}]"])
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot be opened: File name too long\Z"):
+        load_recipe(tmp_path / ("x" * 300))
+    with pytest.raises(RecipeError, match="cannot be opened: embedded null byte"):
+        load_recipe("a\0b")
+
+
+def test_a_model_path_too_long_to_exist(minimal: Path) -> None:
+    with pytest.raises(ValueError, match="no such directory"):
+        make_plan(load_recipe(minimal, [f"model.path=/{'x' * 300}"]))

@@ -86,6 +86,23 @@ def test_what_a_worker_imports_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        (r"(-\infty,-7)\cup(1,2)", "(10, B)", "wrong"),  # the end of an interval without a value
+        (r"10 \le x < 10", r"10 \le x < i^i", "wrong"),  # a bound that is computed as a complex number
+        (r"x < 2", r"x < \frac{1}{0}", "wrong"),
+        ("10", r"٠.1101 \text{ (base 2)}", "wrong"),  # digits of another script
+        ("4", "2²", "correct"),  # a superscript is a digit to Python, but no decimal one
+        (r"\frac{3}{4}", "٣/٤", "correct"),
+        ("10**", r"\,10**\,", "correct"),  # thin spaces at either end
+        ("10 000", r"\,10 000\,", "correct"),
+    ],
+)
+def test_odd_answers_are_graded_and_no_error(gold, answer, verdict):
+    assert grade([gold], rf"\boxed{{{answer}}}").verdict == verdict
+
+
 BOMBS = {
     "tower": r"9^{9^{9^{9}}} - 1",
     "long tower": "^".join(["2"] * 900),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,49 @@ def test_a_line_that_is_not_json(tmp_path):
     assert "x.jsonl:2: not JSON" in refuses(str(path))
     path.write_text("[1, 2]\n")
     assert "x.jsonl:1: a list; each line has to be one JSON object" in refuses(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"id": 1, "problem": "p", "answer": ' + b"9" * 5000 + b"}", "not JSON"),  # more digits than Python reads
+        (b"[" * 100_000, "JSON nested too deeply"),
+        (b'{"id": "\xff"}', "not UTF-8"),
+        (b'{"id": 1, "problem": "p", "answer": NaN}', "the answer (column 'answer') is no finite number"),
+        (b'{"id": 1, "problem": "p", "answer": 1e999}', "the answer (column 'answer') is no finite number"),
+        (b'{"id": "a\\ud800", "problem": "p", "answer": "a"}', "the id (column 'id') is not text: it holds half"),
+        (b'{"id": 1, "problem": "\\ud800", "answer": "a"}', "the problem (column 'problem') is not text"),
+        (
+            b'{"id": 1, "problem": [{"role": "user", "content": "\\ud800"}], "answer": "a"}',
+            "the problem (column 'problem') is a list, not text",
+        ),
+        (b'{"\\ud800": 1}', r"no column 'id' among '\ud800'"),
+        (b'{"' + b"k" * 50_000 + b'": 1}', "no column 'id'"),
+    ],
+)
+def test_every_refusal_names_its_line(tmp_path, line, message):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"id": 0, "problem": "p", "answer": "a"}\n' + line + b"\n")
+    found = refuses(str(path))
+    assert f"x.jsonl:2: {message}" in found
+    assert found.isprintable()
+    assert len(found) < 3000
+
+
+def test_a_whole_number_of_many_digits_is_an_answer(tmp_path):
+    path = write(tmp_path / "x.jsonl", {"id": 1, "problem": "p", "answer": 10**400})
+    assert load(path=path)[0].answer == str(10**400)
+
+
+@pytest.mark.parametrize("damage", [lambda stream: stream[:-20], lambda stream: b"x" + stream, lambda _: b"{}\n"])
+def test_a_broken_gzip_stream(tmp_path, damage):
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(b'{"id": 0, "problem": "p", "answer": "a"}\n' * 1000)))
+    assert re.search(r"x\.jsonl\.gz:\d+: cannot be read \(.*\); copy the file anew", refuses(str(path), id=None))
+
+
+def test_a_name_too_long_for_a_file(tmp_path):
+    assert "no such file" in refuses(str(tmp_path / ("x" * 300)))
 
 
 def test_missing_column_names_the_nearest(tmp_path):

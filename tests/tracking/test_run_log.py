@@ -54,6 +54,33 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert [row["x"] for row in read_metrics(tmp_path)] == [1.0, 3.0]
 
 
+def test_a_character_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    RunLog(tmp_path).log(0, "on_policy", {})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + '{"step": 1, "phase": "ä'.encode()[:-1])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"step": 1', "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"3", "no JSON object with a `step`"),
+        (b'{"step": null}', "no JSON object with a `step`"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    RunLog(tmp_path).log(0, "on_policy", {})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
+    for read in (read_metrics, lambda run_dir: RunLog(run_dir, from_step=3)):
+        with pytest.raises(ValueError, match=rf"metrics\.jsonl:2: {message}.*remove the line"):
+            read(tmp_path)
+
+
 def test_from_step_cuts_off_what_lies_beyond(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     for step in range(5):

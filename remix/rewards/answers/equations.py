@@ -118,7 +118,7 @@ def _same_solutions(gold: Node, answer: Node) -> bool:
         return False
     try:
         return same(pieces(gold), pieces(answer))
-    except (UnreadableError, TooLargeError):
+    except (UnreadableError, TooLargeError, ValueError, ZeroDivisionError, OverflowError):
         return False
 
 

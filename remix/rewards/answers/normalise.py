@@ -73,7 +73,6 @@ _CHARACTERS = str.maketrans(
         "｛": r"\{",
         "｝": r"\}",
     }
-    | {chr(ord("０") + digit): str(digit) for digit in range(10)}
     | {
         "€": r"\text{euros}",
         "£": r"\text{pounds sterling}",
@@ -85,6 +84,9 @@ _CHARACTERS = str.maketrans(
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉ₙ", "0123456789n")
 
+_OTHER_DIGITS = re.compile(r"(?![0-9])\d")
+"""Of other scripts, and full-width ones."""
+_MARGIN = re.compile(r"\A(?:\s|\\[,;:! ])+")
 _GONE = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|phantom|mathstrut|strut|hfill)"
     r"(?![A-Za-z])\.?|\\(?:label|tag)\s?\{[^{}]{0,80}\}|\\[hv]space\s?\{[^{}]{0,40}\}"
@@ -118,7 +120,7 @@ _COMMA_THOUSANDS = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+(?![\d,]|\.\d*,)")
 _SPACES = re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad|~|\s+")
 _TEN = re.compile(r"(?<=[\d.])\s?[xX]\s?10\s?(?=\^)")
 _MARKDOWN = re.compile(r"\*\*(?=[^*\d]|$)|(?<![\w)}])\*\*")
-_POWER = re.compile(r"(?<=[\w)}\]])\*\*(?=[\w({\\.\-])")
+_POWER = re.compile(r"(?<=[\w)}\]])\*\*(?=[\w({.\-]|\\[A-Za-z{])")
 _LEADING_WORDS = re.compile(
     r"(?:\\text\s?\{)?\s?(?:so |thus |therefore |hence )?"
     r"(?:(?:the |our |my )?(?:final )?(?:answer|value|result|solution)s?"
@@ -133,7 +135,8 @@ def clean(text: str) -> str:
     """One spelling of an answer, still as text; commas that may separate thousands are left as they are."""
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉ₙ]+", lambda run: "_{" + run.group().translate(_SUBSCRIPTS) + "}", text)
-    text = text.translate(_CHARACTERS)
+    text = _OTHER_DIGITS.sub(lambda digit: str(int(digit.group())), text.translate(_CHARACTERS))
+    text = _MARGIN.sub("", text)
     if r"\begin" not in text and "&" not in text:
         text = _DOUBLE_ESCAPED.sub(r"\\", text)
     text = _TEX_THOUSANDS.sub("", text)

@@ -155,6 +155,8 @@ def _half_line(left: Node, relation: str, right: Node) -> tuple[Piece, ...]:
     difference = Node("add", (left, Node("neg", (right,))))
     zero, one, two, seven = (evaluate(difference, {name: mpmath.mpf(x)}) for x in (0, 1, 2, 7))
     slope = one - zero
+    if isinstance(slope, mpmath.mpc):
+        raise UnreadableError("not a real number")
     if not close(two - one, slope) or not close(seven - two, 5 * slope) or slope == 0 or abs(slope) < 1e-30:
         raise UnreadableError("not linear")
     return _ray(relation if slope > 0 else FLIPPED[relation], -zero / slope)

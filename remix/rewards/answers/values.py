@@ -192,6 +192,8 @@ def _symbol(name: str, env: Env) -> Any:
         return +constant
     if name == "inf":
         raise UnreadableError("infinity is no number")
+    if name not in env:
+        raise UnreadableError(f"{name} has no value")
     return env[name]
 
 
