@@ -96,8 +96,8 @@ class Interruption:
                     break
             else:
                 return  # left
-        if self._left.wait(self.grace):
-            return
+            if self._left.wait(self.grace):  # the pipe stays open meanwhile: each further signal writes to it
+                return
         gone = self.gone()
         if gone is not None:
             say(f"error: {gone}")

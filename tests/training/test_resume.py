@@ -24,15 +24,18 @@ def leave(run_dir: Path, when: float, *overrides: str) -> Path:
     return run_dir
 
 
-def test_auto_is_the_newest_run_of_the_same_recipe(tmp_path: Path) -> None:
+def test_auto_is_its_own_run_or_the_newest_of_the_same_recipe(tmp_path: Path) -> None:
     wanted = load_recipe(RECIPE, [f"run_dir={tmp_path / 'mine'}"])
     assert newest_run(wanted) is None
-    leave(tmp_path / "mine", 1000.0)
+    leave(tmp_path / "mine-1", 1000.0)
     newest = leave(tmp_path / "mine-2", 2000.0, "max_steps=3", "log.completions=1")  # how far and how loud is free
     leave(tmp_path / "other", 3000.0, "seed=1")
     (tmp_path / "older").mkdir()
     (tmp_path / "older" / "recipe.yaml").write_text("a: recipe of another version\n")
     assert newest_run(wanted) == newest
+    # In its own directory it may have another recipe: that is for the resumption to refuse, key by key.
+    own = leave(tmp_path / "mine", 500.0, "optimizer.lr=1")
+    assert newest_run(wanted) == own
 
 
 def test_what_is_asked(tmp_path: Path) -> None:
