@@ -276,6 +276,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), metavar="S", help="of the moments")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there")
     options = parser.parse_args()
+    if options.out is not None and options.out.exists():
+        parser.error(f"--out {options.out}: holds something already; name a new folder")
 
     from rich.console import Console
     from rich.table import Table

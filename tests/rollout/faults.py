@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from remix.errors import Interrupted
 from remix.types import Completion
 
 LISTEN = "0A"
@@ -29,10 +30,10 @@ def assert_identical(got: Sequence[Completion], expected: Sequence[Completion]) 
 
 @contextmanager
 def interruption(delay: float) -> Iterator[None]:
-    """After so many seconds a signal handler raises InterruptedError in this thread."""
+    """After so many seconds a signal handler raises Interrupted in this thread."""
 
     def handler(*_: Any) -> None:
-        raise InterruptedError
+        raise Interrupted
 
     before = signal.signal(signal.SIGUSR1, handler)
     timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGUSR1))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from remix.errors import Interrupted
 from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
 from remix.rollout.hf import HFEngine, SeededSampler
@@ -146,7 +147,7 @@ def test_the_engine_leaves_the_module_as_it_was(policy: Policy) -> None:
 def test_an_interruption_leaves_the_module_as_it_was(policy: Policy) -> None:
     many = [Request(PROMPTS[-1], seed) for seed in range(1000)]
     policy.module.train()
-    with interruption(0.2), pytest.raises(InterruptedError):
+    with interruption(0.2), pytest.raises(Interrupted):
         engine_of(policy, eos=[], batch_size=8).generate(many, Sampling(max_tokens=100))
     assert policy.module.lm.training
     policy.module.eval()

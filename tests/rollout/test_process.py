@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from remix.errors import TrainingError
+from remix.errors import Interrupted, TrainingError
 from remix.rollout.process import EngineProcess, child_environment
 from remix.rollout.vllm import VLLMEngine
 from remix.types import Completion, Request, Sampling
@@ -130,7 +130,7 @@ class TestOneEngine:
 
     def test_an_interruption_ends_the_child_and_is_no_fault(self, case: Case) -> None:
         pid = pid_of(case.there)
-        with interruption(0.2), pytest.raises(InterruptedError):
+        with interruption(0.2), pytest.raises(Interrupted):
             case.there.generate(MANY, LONG)
         assert not alive(pid)
         assert case.there.restarts == len(case.messages) == 3

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from remix.errors import Interrupted
 from remix.rollout.vllm import VLLMEngine
 from remix.types import Completion, Request, Sampling
 from tests.rollout.faults import assert_identical, interruption, listening
@@ -204,7 +205,7 @@ class TestSampleAndSync:
         before = started.engine.generate(REQUESTS, sampling)
         many = [Request(LONG_PROMPT[: 200 + seed % 100], seed) for seed in range(300)]
         for delay in (0.05, 0.3):
-            with interruption(delay), pytest.raises(InterruptedError):
+            with interruption(delay), pytest.raises(Interrupted):
                 started.engine.generate(many, Sampling(max_tokens=100))
             assert started.engine._llm.llm_engine.get_num_unfinished_requests() == 0
             assert_identical(started.engine.generate(REQUESTS, sampling), before)

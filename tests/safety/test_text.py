@@ -158,7 +158,8 @@ def test_a_run_an_evaluation_and_grading_of_hostile_text(
     expected = {"recipe.yaml", "in.jsonl", "out.jsonl", "codes.json", "run/metrics.jsonl", "run/completions.jsonl"}
     expected |= {"run/recipe.yaml", "run/result.json", "run/final/README.md"}
     expected |= {f"run/rollouts/step=00000{step}.parquet" for step in (0, 1)}
-    expected |= {f"run/checkpoints/step=000002/{name}" for name in ("state.json", "tensors.safetensors")}
+    saved = ("state.json", "tensors.safetensors", "manifest.json")
+    expected |= {f"run/checkpoints/step=00000{step}/{name}" for step in (1, 2) for name in saved} | {"run/.lock"}
     expected |= {f"evaluated/{name}" for name in ("run.json", "problems.jsonl", "summary.json", "summary.md", ".lock")}
     expected |= {"evaluated/generations/arithmetic/00000.parquet"}
     left = files_under(work) - tensorboard
@@ -194,7 +195,7 @@ def test_an_error_that_quotes_the_text(
     monkeypatch.syspath_prepend(tmp_path)
     changes = {"rewards": [{"type": "python", "function": "angry_reward:angry"}]}
     (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny_recipe(hostile_model, tmp_path / "run", changes)))
-    assert train.main([str(tmp_path / "recipe.yaml")]) == 2
+    assert train.main([str(tmp_path / "recipe.yaml")]) == 1
     said = capfd.readouterr().err
     assert "angry_reward:angry raised RuntimeError ( cannot read " in said
     assert "owned" in said, "it quotes the response, harmlessly"
