@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from remix.durable import written_whole
+from remix.terminal import printable
 from remix.types import Prompt, Rollout, RolloutGroup, Score
 
 LagDistribution = Literal["uniform", "geometric", "age"]
@@ -145,7 +146,7 @@ def read_shard(path: Path) -> list[RolloutGroup]:
             if row["replayable"]:
                 groups.setdefault(row["group"], []).append(_rollout(row))
     except (pa.ArrowException, OSError, MemoryError, ValueError, TypeError, LookupError) as error:
-        reason = "".join(char if char.isprintable() else " " for char in str(error)[:500])
+        reason = " ".join(printable(str(error)[:500]).split())
         raise ValueError(f"{path}: no whole rollout log ({reason}); resume from a checkpoint before it") from None
     return [RolloutGroup(members[0][0], tuple(rollout for _, rollout in members)) for members in groups.values()]
 

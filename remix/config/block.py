@@ -34,7 +34,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(valid)}"
 
 
-def printable(line: str) -> str:
+def quotable(line: str) -> str:
     """For a message: what is long without its middle, what a terminal cannot show as its code."""
     short = line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in short)
@@ -51,7 +51,7 @@ class Block(BaseModel):
         if isinstance(data, dict):
             for key in data:
                 if key not in cls.model_fields:
-                    name = printable(str(key))
+                    name = quotable(str(key))
                     raise ValueError(f"unknown key '{name}'; {nearest(name, cls.model_fields)}")
         return data
 

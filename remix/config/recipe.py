@@ -21,7 +21,7 @@ from remix.config.algorithm import (
     PhaseConfig,
     ReincarnationConfig,
 )
-from remix.config.block import Block, nearest, printable
+from remix.config.block import Block, nearest, quotable
 from remix.config.data import LengthReward, PromptConfig, RewardConfig, TaskConfig
 from remix.config.model import LoraAdapter, ModelConfig, NoAdapter, SeparateCritic, SharedCritic
 from remix.config.reading import LARGEST, read_yaml
@@ -147,7 +147,7 @@ class RecipeError(ValueError):
 
     def __init__(self, message: str) -> None:
         lines = message.split("\n")
-        shown = [printable(line) for line in lines[:MOST_LINES]]
+        shown = [quotable(line) for line in lines[:MOST_LINES]]
         more = len(lines) - len(shown)
         super().__init__("\n".join([*shown, f"and {more} more lines"] if more else shown))
 

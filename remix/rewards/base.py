@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from remix.terminal import printable
 from remix.types import Prompt, Verdict
 
 
@@ -31,5 +32,5 @@ class Reward(Protocol):
 
 def shortened(text: str, limit: int = 300) -> str:
     """Foreign text for a note: one line of at most so many characters, all of which can be printed."""
-    line = "".join(char if char.isprintable() else " " for char in text[: limit + 1])
+    line = "".join(char if char.isprintable() else " " for char in printable(text[: 2 * limit])[: limit + 1])
     return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from remix.config import HubTask, JsonlTask
-from remix.config.block import nearest, printable
+from remix.config.block import nearest, quotable
 from remix.types import Message, Prompt
 
 Split = Literal["train", "test"]
@@ -30,7 +30,7 @@ def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> l
         identity = f"{task}/{number}" if config.id is None else text(row, "id", config.id, where)
         if identity in origins:
             raise ValueError(
-                f"{where}: the id '{printable(identity)}' is also that of {origins[identity]}; "
+                f"{where}: the id '{quotable(identity)}' is also that of {origins[identity]}; "
                 "make ids unique, or set `id: null` to number the rows"
             )
         origins[identity] = where
@@ -65,8 +65,8 @@ def cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
     if column not in row:
         remedy = f"set `{key}` to the right one" + (", or to null to number the rows" if key == "id" else "")
         raise ValueError(
-            f"{where}: no column '{column}' among {printable(', '.join(map(repr, row)))}; "
-            f"{printable(nearest(column, row))} {remedy}"
+            f"{where}: no column '{column}' among {quotable(', '.join(map(repr, row)))}; "
+            f"{quotable(nearest(column, row))} {remedy}"
         )
     return row[column]
 

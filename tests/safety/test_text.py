@@ -227,7 +227,7 @@ def test_a_plan_shows_markup_and_controls_as_text(tmp_path: Path, capsys: pytest
     assert CONTROL.findall(shown) == []
     assert "owned" not in shown
     assert cli.main(["plan", "[red]\x1b[2Jno.yaml"]) == 2
-    assert capsys.readouterr().err.startswith("error: [red]no.yaml: no such recipe")
+    assert capsys.readouterr().err.startswith("error: [red]\\x1b[2Jno.yaml: no such recipe")
 
 
 @pytest.mark.parametrize("text", HOSTILE)
