@@ -27,14 +27,7 @@ from remix.training.interruption import Interruption
 from remix.training.loop import Trainer
 from remix.training.objective import Objective
 from remix.training.probe import SyncProbe
-from remix.training.state import (
-    TrainState,
-    check_identity,
-    from_checkpoint,
-    moved_on,
-    recipe_changes,
-    run_identity,
-)
+from remix.training.state import TrainState, check_same_run, from_checkpoint, moved_on, run_identity
 from remix.training.update import Updater
 from remix.types import Engine
 
@@ -77,16 +70,12 @@ def open_trainer(
         cluster.barrier("the run directory")
         saved = checkpoint.load_newest(run_dir, progress.message) if resume else None
         if saved is None:
+            if resume:
+                progress.message(f"{run_dir} holds no checkpoint yet: from the beginning")
             state = TrainState()
             policy.reference = policy.snapshot() if recipe.kl.weight else None
         else:
-            changes = recipe_changes(saved, recipe)
-            if changes and not allow_changed:
-                raise ValueError(
-                    f"the recipe is not the one that the run was begun with: {'; '.join(changes)}. "
-                    "Put them back, or add --allow-changed to go on all the same"
-                )
-            check_identity(saved, identity)
+            changes = check_same_run(saved, recipe, identity, allow_changed=allow_changed)
             state = from_checkpoint(saved, policy, updater, replay, run_dir, rank=cluster.rank)
             state.changes += [f"step {state.step}: {change}" for change in changes]
             progress.step, progress.base_pass_at_1 = state.step, state.base_pass_at_1
@@ -97,14 +86,7 @@ def open_trainer(
         exams = build_exams(recipe, tokenizer, held_out, rewards, stack)
         engine = build_engine(recipe, policy, exams, progress.message)
         stack.callback(engine.close)
-        if cluster.is_main:
-            checkpoint.set_aside(run_dir, beyond=state.step)
-            checkpoint.settle(run_dir, keep=recipe.checkpoint.keep, best_step=state.best_step)
-            remove_shards(run_dir, from_step=state.step)
-        unlogged = state.unlogged is not None
-        log = RunLog(run_dir, from_step=state.step, unlogged=unlogged, enabled=cluster.is_main)
-        if cluster.is_main:
-            write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+        log = _open_log(recipe, state, enabled=cluster.is_main)
         cluster.start_trackers(recipe.model_dump(mode="json"), read_metrics(run_dir) if cluster.is_main else [])
         yield Trainer(
             recipe=recipe,
@@ -135,6 +117,19 @@ def lock_run(run_dir: Path) -> IO[str]:
             f"run_dir {run_dir}: another process is training there; end it first, or choose another run_dir"
         )
     return lock
+
+
+def _open_log(recipe: Recipe, state: TrainState, *, enabled: bool) -> RunLog:
+    """Whatever lies beyond the step that the run goes on from is taken away; it will come again."""
+    run_dir = Path(recipe.run_dir)
+    if enabled:
+        checkpoint.set_aside(run_dir, beyond=state.step)
+        checkpoint.settle(run_dir, keep=recipe.checkpoint.keep, best_step=state.best_step)
+        remove_shards(run_dir, from_step=state.step)
+    log = RunLog(run_dir, from_step=state.step, unlogged=state.unlogged is not None, enabled=enabled)
+    if enabled:
+        write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+    return log
 
 
 def _encoded_tasks(recipe: Recipe, split: Split, tokenizer: Any) -> list[TaskSet]:

