@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -63,6 +64,10 @@ def test_a_rank_that_dies_is_named(two_ranks: subprocess.Popen[str], tmp_path: P
 
 
 def test_a_rank_that_hangs_is_named_within_the_time_out(two_ranks: subprocess.Popen[str]) -> None:
+    for number in (0, 1):  # they speak over loopback; the launcher's store is another matter
+        listening = [c.laddr.ip for c in rank(two_ranks, number).net_connections("tcp") if c.status == "LISTEN"]
+        assert listening, "gloo listens"
+        assert {ip for ip in listening if not ip_address(ip).is_loopback} == set()
     stopped = rank(two_ranks, 1)
     stopped.suspend()
     started = time.monotonic()
