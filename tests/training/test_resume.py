@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from remix.config import dump_recipe, load_recipe
+from remix.config import changed_keys, dump_recipe, load_recipe
 from remix.training.resume import newest_run, resolve
 from tests.tiny import EMBEDDED
 
@@ -49,3 +49,11 @@ def test_what_is_asked(tmp_path: Path) -> None:
         resolve([], str(tmp_path / "none"))
     with pytest.raises(ValueError, match="one recipe at a time"):
         resolve([RECIPE, RECIPE], None)
+
+
+def test_where_and_how_an_engine_runs_may_change_and_what_it_computes_may_not() -> None:
+    begun = load_recipe(RECIPE, ["rollout.engine={type: vllm}"])
+    moved = load_recipe(RECIPE, ["rollout.engine={type: vllm, own_process: true, timeout: 60, restarts: 9}"])
+    other = load_recipe(RECIPE, ["rollout.engine={type: vllm, enforce_eager: true}"])
+    assert changed_keys(begun, moved) == []
+    assert changed_keys(begun, other) == ["rollout.engine.enforce_eager was False, is True"]
