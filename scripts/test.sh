@@ -11,4 +11,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFL
 if [ $# -gt 0 ]; then exec .venv/bin/python -m pytest "$@"; fi
 # The equations are covered to the last branch; elsewhere the tests themselves are the measure.
 # Two at a time: most of a test is one thread.
-.venv/bin/python -m pytest -n 2 --dist worksteal --cov=remix.algorithms --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100 --durations=10
+.venv/bin/python -m pytest -n 2 --dist loadgroup --cov=remix.algorithms --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100 --durations=10
