@@ -20,8 +20,8 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_killed_and_resumed_is_the_same_run(case: Case, tmp_path: Path) -> None:
-    verdict = prove(case, tmp_path, kills=2, seed=0)
-    assert len(verdict.kills) == 3, "struck too late to prove anything"
+    verdict = prove(case, tmp_path, kills=1, seed=0)
+    assert len(verdict.kills) == 2, "struck too late to prove anything"
     assert verdict.differences == []
     # And the comparison sees what differs.
     whole, pieces = tmp_path / "whole" / "run", tmp_path / "pieces" / "run"
