@@ -360,6 +360,16 @@ def test_resume_refuses_another_recipe(tiny_model: Path, tmp_path: Path) -> None
         pass
 
 
+def test_two_processes_do_not_write_the_same_run(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_model, tmp_path)
+    with opened(recipe):
+        with pytest.raises(ValueError, match="another process is training there"), opened(recipe, resume=True):
+            pass
+        assert metrics_of(tmp_path) == []
+    with opened(recipe, resume=True):  # the lock goes with whoever held it
+        pass
+
+
 class TestBadInput:
     """Each ends in one line on stderr that names the cause and the remedy, and exit status 2."""
 
