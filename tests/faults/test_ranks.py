@@ -24,7 +24,7 @@ TIMEOUT = 20.0
 @pytest.fixture
 def two_ranks(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A run of two processes that has done a step."""
-    (tmp_path / "accelerate.yaml").write_text(TWO_PROCESSES + "main_process_port: 0\n")
+    (tmp_path / "accelerate.yaml").write_text(TWO_PROCESSES)
     words = [*SMALL, "max_steps=40", f"faults.rank_timeout={TIMEOUT}", f"run_dir={tmp_path / 'run'}"]
     launch = [sys.executable, "-m", "remix.cli", "train", "--config_file", str(tmp_path / "accelerate.yaml")]
     process = subprocess.Popen(

@@ -21,6 +21,7 @@ compute_environment: LOCAL_MACHINE
 distributed_type: MULTI_GPU
 num_machines: 1
 num_processes: 2
+main_process_port: 0
 use_cpu: false
 mixed_precision: 'no'
 dynamo_backend: 'no'
