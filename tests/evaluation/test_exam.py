@@ -21,8 +21,6 @@ from remix.rewards import GraderPool
 from remix.types import Completion, Prompt, Request, Sampling, Score
 from tests.tiny import EMBEDDED, tiny_recipe
 
-pytestmark = pytest.mark.xdist_group("exam")  # they share what takes long to start
-
 
 class Told:
     """Says the texts in order, and remembers what it was asked."""

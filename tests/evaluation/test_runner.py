@@ -19,8 +19,6 @@ import torch
 from remix import cli
 from tests.tiny import EMBEDDED, ROOT, make_tiny_model, opened, tiny_recipe
 
-pytestmark = pytest.mark.xdist_group("evaluation")  # they share what takes long to start
-
 BASE = str(EMBEDDED / "base")
 SAMPLED = ["--samples", "3", "--temperature", "0.8", "--limit", "40"]
 

@@ -13,8 +13,6 @@ import pytest
 from tests.faults.harness import ENVIRONMENT, SECONDS, assert_same_run, command, train
 from tests.tiny import ROOT
 
-pytestmark = pytest.mark.xdist_group("disk")  # they share what takes long to start
-
 
 @pytest.mark.parametrize(("full", "size"), [("rollouts", "8k"), ("checkpoints", "5m"), (".", "24k")])
 def test_a_full_disk(unharmed: Path, tmp_path: Path, full: str, size: str) -> None:

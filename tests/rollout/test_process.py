@@ -24,8 +24,6 @@ from remix.types import Completion, Request, Sampling
 from tests.rollout.faults import alive, assert_identical, interruption, later, listening
 from tests.rollout.test_vllm import LONG_PROMPT, MAX_MODEL_LEN, REQUESTS, checkpoint, saved, tiny_model
 
-pytestmark = pytest.mark.xdist_group("engine process")  # they share what takes long to start
-
 CPU = torch.device("cpu")
 SAMPLING = Sampling(max_tokens=24, temperature=0.9)
 MANY = [Request(LONG_PROMPT[: 100 + seed % 90], seed) for seed in range(256)]

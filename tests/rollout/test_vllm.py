@@ -22,8 +22,6 @@ from remix.rollout.vllm import VLLMEngine
 from remix.types import Completion, Request, Sampling
 from tests.rollout.faults import assert_identical, interruption, listening
 
-pytestmark = pytest.mark.xdist_group("engine")  # they share what takes long to start
-
 VOCABULARY, EOS = 60, 1  # 60 is no multiple of vLLM's padding (64)
 MAX_MODEL_LEN = 512
 # vLLM caches prompts by blocks of 128 tokens: this one fills three.
