@@ -189,4 +189,8 @@ class Cluster:
             self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        self.accelerator.end_training()
+        if self.world_size > 1:
+            self.accelerator.end_training()
+            return
+        for tracker in self.accelerator.trackers:  # a process group that is there is somebody else's
+            tracker.finish()
