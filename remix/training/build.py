@@ -77,10 +77,7 @@ def open_trainer(
         else:
             changes = check_same_run(saved, recipe, identity, allow_changed=allow_changed)
             state = from_checkpoint(saved, policy, updater, replay, run_dir, rank=cluster.rank)
-            state.changes += [f"step {state.step}: {change}" for change in changes]
-            progress.step, progress.base_pass_at_1 = state.step, state.base_pass_at_1
-            for change in [*changes, *moved_on(saved, cluster.world_size)]:
-                progress.message(f"resumed at step {state.step}, no longer exactly the run it was: {change}")
+            _tell_resumed(state, changes, moved_on(saved, cluster.world_size), progress)
         cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         exams = build_exams(recipe, tokenizer, held_out, rewards, stack)
@@ -106,6 +103,14 @@ def open_trainer(
             identity=identity,
             interruption=interruption or Interruption(),
         )
+
+
+def _tell_resumed(state: TrainState, changes: Sequence[str], moved: Sequence[str], progress: Progress) -> None:
+    """Where the run goes on, and by what it is no longer exactly the one that was begun."""
+    state.changes += [f"step {state.step}: {change}" for change in changes]
+    progress.step, progress.base_pass_at_1 = state.step, state.base_pass_at_1
+    for change in [*changes, *moved]:
+        progress.message(f"resumed at step {state.step}, no longer exactly the run it was: {change}")
 
 
 def lock_run(run_dir: Path) -> IO[str]:

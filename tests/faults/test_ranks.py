@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scripts.prove_resume import TWO_PROCESSES
 from tests.faults.harness import ENVIRONMENT, RECIPE, SMALL, metrics
 from tests.tiny import ROOT
-from tests.training.test_processes import TWO_PROCESSES
 
 TIMEOUT = 20.0
 

@@ -286,6 +286,11 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["phases.0.until=[{type: rollouts, after: 99999}]"], 1, "phases.1 never starts"),
         (["optimizer.warmup_steps=100"], 1, "optimizer.warmup_steps 100 lasts the whole run"),
         (["adapter={type: lora, rank: 11}"], 1, "adapter.rank 11 exceeds the model's hidden size 10"),
+        (
+            ["rollout.engine={type: vllm, own_process: true, timeout: 900}"],
+            2,
+            r"rollout.engine.timeout is not below faults.rank_timeout \(900 s\): .* Lower the one or raise the other",
+        ),
         (["model.path=/no/such/model"], 1, "model.path: /no/such/model: no such directory"),
         (
             ["advantage={type: gae, critic: {type: separate, path: ./nowhere}}"],
@@ -297,6 +302,11 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_contradictions(overrides: list[str], world_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(recipe(*overrides), world_size)
+
+
+def test_one_process_waits_for_its_engine_as_long_as_it_likes() -> None:
+    make_plan(recipe("rollout.engine={type: vllm, own_process: true, timeout: 9000}"), 1)
+    make_plan(recipe("rollout.engine={type: vllm, own_process: true, timeout: 800}"), 2)
 
 
 def test_what_only_the_model_tells(model_directory: Path) -> None:

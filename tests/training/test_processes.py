@@ -13,19 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from remix.config import Recipe, dump_recipe
+from scripts.prove_resume import TWO_PROCESSES
 from tests.tiny import MIX, ROOT, tiny_recipe
 from tests.training.test_degenerate import GAE, metrics_of
-
-TWO_PROCESSES = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-num_machines: 1
-num_processes: 2
-main_process_port: 0
-use_cpu: false
-mixed_precision: 'no'
-dynamo_backend: 'no'
-"""
 
 
 def launch(recipe: Recipe, folder: Path, *, processes: int) -> None:
