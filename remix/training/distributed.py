@@ -28,6 +28,10 @@ B = TypeVar("B")
 TRACKED_AS = "remix"
 """The project's name at trackers."""
 
+_KEPT: list[Any] = []
+"""Process groups past their use. gloo's destructor waits for its threads and holds the interpreter's lock meanwhile,
+which a thread that is just letting go of the last barrier's tensors waits for: they are left to the process's end."""
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -190,6 +194,7 @@ class Cluster:
 
     def close(self) -> None:
         if self.world_size > 1:
+            _KEPT.append(torch.distributed.group.WORLD)
             self.accelerator.end_training()
             return
         for tracker in self.accelerator.trackers:  # a process group that is there is somebody else's

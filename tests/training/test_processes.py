@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,15 +31,19 @@ def launch(recipe: Recipe, folder: Path, *, processes: int) -> None:
         (folder / "accelerate.yaml").write_text(TWO_PROCESSES)
         command += ["--config_file", str(folder / "accelerate.yaml")]
         environment["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(
-        [*command, "-m", "remix.train", str(path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment["PYTHONFAULTHANDLER"] = "1"
+    command += ["-m", "remix.train", str(path)]
+    with (folder / "output.txt").open("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=200)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)  # every process that hangs says where
+            status = process.wait(timeout=30)
+        output.seek(0)
+        assert status == 0, output.read()[-6000:]
 
 
 @pytest.mark.slow
