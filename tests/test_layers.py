@@ -42,11 +42,11 @@ DOORS = {
     "accelerate": {"remix.training.distributed"},
     "deepspeed": set(),
     "datasets": {"remix.tasks.hub"},
-    "peft": {"remix.models.loading"},
+    "peft": {"remix.models.adapters"},
     "transformers": {"remix.models.loading", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
-    "safetensors": {"remix.checkpoint", "remix.models.loading", "remix.rollout.frames"},
+    "safetensors": {"remix.checkpoint", "remix.models.adapters", "remix.models.loading", "remix.rollout.frames"},
 }
 """The modules that may import a heavy library."""
 

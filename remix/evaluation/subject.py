@@ -17,14 +17,8 @@ import torch
 
 from remix.config import ModelConfig
 from remix.models import files
-from remix.models.loading import (
-    checkpoint_weights,
-    context_length,
-    eos_token_ids,
-    load_lm,
-    load_tokenizer,
-    merge_saved_adapter,
-)
+from remix.models.adapters import checkpoint_weights, merge_saved_adapter
+from remix.models.loading import context_length, eos_token_ids, load_lm, load_tokenizer
 from remix.training.refusals import check_model_directory
 from remix.types import Engine
 

@@ -12,7 +12,8 @@ from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
-from remix.models.loading import checkpoint_weights, load_actor_critic, load_tokenizer
+from remix.models.adapters import checkpoint_weights
+from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, remove_shards
 from remix.rewards import RewardSuite

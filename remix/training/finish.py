@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from remix.durable import folder_written_whole, write_json
-from remix.models.loading import save_model
+from remix.models.adapters import save_model
 from remix.tracking.model_card import model_card
 from remix.training.loop import Trainer
 

@@ -15,7 +15,7 @@ from remix.config import MixPolicyPhase, PhaseConfig, Recipe
 from remix.errors import Interrupted, TrainingError
 from remix.evaluation.evaluate import evaluate, training_metrics
 from remix.evaluation.exam import Exam, Question, Response, respond
-from remix.models.loading import checkpoint_weights
+from remix.models.adapters import checkpoint_weights
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, shard_path, write_shard
 from remix.rollout.sample import Sampler

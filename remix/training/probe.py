@@ -9,7 +9,7 @@ from torch import Tensor
 
 from remix.config import Recipe
 from remix.errors import TrainingError
-from remix.models.loading import checkpoint_weights
+from remix.models.adapters import checkpoint_weights
 from remix.models.policy import Policy
 from remix.types import Engine, Prompt, Request, Rollout, Sampling
 

@@ -6,7 +6,7 @@ import torch
 
 from remix.config import Recipe
 from remix.errors import TrainingError
-from remix.models.loading import merge_adapter
+from remix.models.adapters import merge_adapter
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer
 from remix.training.state import TrainState

@@ -15,15 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from remix.config import LoraAdapter
 from remix.models.actor_critic import ActorCritic
-from remix.models.loading import (
-    ADAPTER,
-    add_adapter,
-    checkpoint_weights,
-    load_actor_critic,
-    load_tokenizer,
-    merge_adapter,
-    save_model,
-)
+from remix.models.adapters import ADAPTER, add_adapter, checkpoint_weights, merge_adapter, save_model
+from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy, token_tensors
 from remix.types import Batch, Rollout
 from tests.tiny import make_tiny_model, tiny_recipe

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from remix.errors import TrainingError
-from remix.models.loading import checkpoint_weights
+from remix.models.adapters import checkpoint_weights
 from remix.rollout.process import EngineProcess
 from remix.tracking.stopwatch import Stopwatch
 from remix.training.probe import SyncProbe

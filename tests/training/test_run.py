@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from remix.algorithms import group_relative_advantage, kl_estimate
 from remix.checkpoint import saved
 from remix.errors import TrainingError
-from remix.models.loading import ADAPTER
+from remix.models.adapters import ADAPTER
 from remix.tracking.stopwatch import Stopwatch
 from remix.tracking.token_stats import TokenStats
 from remix.train import main
