@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,17 +30,14 @@ def launch(recipe: Recipe, folder: Path, *, processes: int) -> None:
         (folder / "accelerate.yaml").write_text(TWO_PROCESSES)
         command += ["--config_file", str(folder / "accelerate.yaml")]
         environment["ACCELERATE_USE_CPU"] = "true"
-    environment["PYTHONFAULTHANDLER"] = "1"
     command += ["-m", "remix.train", str(path)]
     with (folder / "output.txt").open("w+", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         try:
             status = process.wait(timeout=200)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGABRT)  # every process that hangs says where
-            status = process.wait(timeout=30)
+            process.terminate()  # a rank that hangs says so when its grace is over
+            status = process.wait(timeout=60)
         output.seek(0)
         assert status == 0, output.read()[-6000:]
 
