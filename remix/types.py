@@ -43,6 +43,8 @@ class Prompt:
     """The prompt as the model reads it, template included; empty until encoded."""
     images: tuple[str, ...] = ()
     """Paths of images, in the order in which the content names them."""
+    solution: str = ""
+    """A response to learn from by imitation; empty: the answer is one."""
 
 
 @dataclass(frozen=True, slots=True)

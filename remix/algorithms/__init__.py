@@ -17,6 +17,7 @@ from remix.algorithms.losses import (
     gspo,
     is_clipped,
     mix_ppg,
+    negative_log_likelihood,
 )
 from remix.algorithms.ratios import (
     LOG_RATIO_LIMIT,
@@ -49,6 +50,7 @@ __all__ = [
     "lambda_decay",
     "log_ratio",
     "mix_ppg",
+    "negative_log_likelihood",
     "overlong_penalty",
     "rloo_advantage",
     "sequence_log_ratio",

@@ -29,6 +29,11 @@ def clipped_surrogate(
     return -_pessimistic(ratio, torch.ones_like(ratio), advantages, clip_low, clip_high)
 
 
+def negative_log_likelihood(logprobs: Tensor) -> Tensor:
+    """−log π_θ of a demonstration's tokens: supervised fine-tuning. [B, T] → [B, T]."""
+    return -logprobs
+
+
 def mix_ppg(
     logprobs: Tensor,
     behaviour_logprobs: Tensor,

@@ -43,8 +43,9 @@ AdvantageConfig = Annotated[GRPOAdvantage | DrGRPOAdvantage | RLOOAdvantage | GA
 
 
 class ObjectiveConfig(Block):
-    type: Literal["mix_ppg", "gspo", "cispo"] = "mix_ppg"
-    """mix_ppg is PPO's and GRPO's clipped surrogate on fresh rollouts."""
+    type: Literal["mix_ppg", "gspo", "cispo", "sft"] = "mix_ppg"
+    """mix_ppg is PPO's and GRPO's clipped surrogate on fresh rollouts. sft imitates each prompt's solution, or answer,
+    in place of sampling: a rollout is then a demonstration, and clip range and advantages are without effect."""
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
     aggregate: Literal["token", "sequence", "constant"] = "token"

@@ -10,6 +10,8 @@ from remix.config.block import Block, Fraction
 
 
 class TaskBlock(Block):
+    label: str | None = None
+    """What the task is called in metrics and prompt ids; null: as its type, kind or file."""
     weight: PositiveFloat = 1.0
     """Share of this task among the prompts of a step, relative to the others'."""
     holdout: Fraction = 0.02
@@ -56,6 +58,8 @@ class JsonlTask(DataTask):
     """Held-out problems; without it `holdout` is cut off `path`."""
     problem: str = "problem"
     answer: str = "answer"
+    solution: str | None = None
+    """The column of responses to imitate under objective.type sft; null: the answers."""
     id: str | None = "id"
     limit: PositiveInt | None = None
 
@@ -71,6 +75,8 @@ class HubTask(DataTask):
     eval_split: str | None = None
     problem: str = "problem"
     answer: str = "answer"
+    solution: str | None = None
+    """The column of responses to imitate under objective.type sft; null: the answers."""
     id: str | None = None
     limit: PositiveInt | None = None
 

@@ -73,7 +73,14 @@ class Recipe(Block):
         return self
 
     @property
+    def imitates(self) -> bool:
+        """Whether responses are demonstrations rather than samples."""
+        return self.objective.type == "sft"
+
+    @property
     def drops_uniform_groups(self) -> bool:
+        if self.imitates:
+            return False
         chosen = self.rollout.drop_uniform_groups
         kl_in_reward = self.kl.place == "reward" and self.kl.weight > 0  # then equal scores are not equal rewards
         return not (isinstance(self.advantage, GAEAdvantage) or kl_in_reward) if chosen is None else chosen
@@ -87,7 +94,9 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What no single block can see; each says the remedy."""
     rollout, batch, kl = recipe.rollout, recipe.batch, recipe.kl
     gae = isinstance(recipe.advantage, GAEAdvantage)
-    if not gae and rollout.group_size < 2:
+    if recipe.imitates:
+        yield from _imitation(recipe)
+    elif not gae and rollout.group_size < 2:
         yield (
             f"advantage.type {recipe.advantage.type} compares responses to one prompt: "
             "set rollout.group_size to 2 or more, or advantage.type to gae"
@@ -133,6 +142,21 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                 f"rewards.{index}.max_tokens ({reward.max_tokens}) exceeds rollout.max_tokens "
                 f"({rollout.max_tokens}), so the full penalty is never reached: lower it"
             )
+
+
+def _imitation(recipe: Recipe) -> Iterator[str]:
+    """What makes no sense where responses are demonstrations."""
+    if recipe.rollout.group_size != 1:
+        yield "objective.type sft has one demonstration to a prompt: set rollout.group_size to 1"
+    if isinstance(recipe.advantage, GAEAdvantage):
+        yield "objective.type sft knows no rewards for a critic to learn: leave out advantage"
+    if recipe.kl.weight and (recipe.kl.estimator != "full" or recipe.kl.place != "loss"):
+        yield (
+            "objective.type sft trains on tokens that the policy did not sample, from which its KL cannot be "
+            "estimated: set kl.weight to 0, or kl.estimator to full"
+        )
+    if any(isinstance(phase, MixPolicyPhase) for phase in recipe.phases):
+        yield "objective.type sft has nothing to replay: give phases of type on_policy alone"
 
 
 MOST_LINES = 20

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from remix.config.block import Block, Fraction
+from remix.config.data import TaskConfig
 
 
 class OptimizerConfig(Block):
@@ -27,12 +28,14 @@ class EvalConfig(Block):
     benchmarks: tuple[str, ...] = ()
     """Benchmarks and suites by name, judged by their own graders; none: held-out prompts of the tasks, judged by the
     rewards."""
+    tasks: tuple[TaskConfig, ...] = ()
+    """Held-out prompts of these tasks, each an exam by itself; none: those of the run's own tasks, as one exam."""
     data_dir: str | None = None
     """Folder of local copies of the benchmarks; null: they come from the hub."""
     limit: PositiveInt | None = None
     """Only the first so many problems of each benchmark."""
     prompts: PositiveInt = 256
-    """Held-out prompts; benchmarks are taken whole."""
+    """Held-out prompts of an exam; benchmarks are taken whole."""
     samples: PositiveInt | None = None
     """Responses to a problem. null: as the benchmark is defined; 1 for held-out prompts."""
     temperature: NonNegativeFloat | None = None

@@ -38,9 +38,15 @@ def benchmark_exam(
 
 
 def held_out_exam(
-    prompts: Sequence[Prompt], rewards: Scorer, *, samples: int, sampling: Sampling, reflection_phrases: Sequence[str]
+    prompts: Sequence[Prompt],
+    rewards: Scorer,
+    *,
+    name: str,
+    samples: int,
+    sampling: Sampling,
+    reflection_phrases: Sequence[str],
 ) -> Exam:
-    """A recipe's own held-out prompts, judged by its rewards. It has no name: its scores are those of the run."""
+    """A recipe's held-out prompts, judged by its rewards. Without a name its scores are those of the run."""
     if not prompts:
         raise ValueError("nothing to evaluate: no held-out prompts; raise `holdout`, or name an evaluation split")
 
@@ -48,7 +54,7 @@ def held_out_exam(
         return [Grade(score.verdict) for score in rewards.score(prompts, responses, lengths)]
 
     return Exam(
-        name="",
+        name=name,
         prompts=tuple(prompts),
         golds=tuple((prompt.answer,) for prompt in prompts),
         samples=samples,

@@ -54,7 +54,7 @@ def recipe_overrides(recipe: Recipe) -> Overrides:
 def evaluation_responses(recipe: Recipe) -> int:
     """Responses of one evaluation during training, from definitions alone. Raises ValueError on an unknown name."""
     if not recipe.eval.benchmarks:
-        return recipe.eval.prompts * (recipe.eval.samples or 1)
+        return recipe.eval.prompts * (recipe.eval.samples or 1) * max(len(recipe.eval.tasks), 1)
     overrides = recipe_overrides(recipe)
     return sum(
         min(benchmark.count, recipe.eval.limit or benchmark.count) * overrides.samples_of(benchmark)

@@ -15,7 +15,7 @@ Watch = Callable[[str], AbstractContextManager[None]]
 """Times a stage by name."""
 
 
-def _unwatched(stage: str) -> AbstractContextManager[None]:
+def unwatched(stage: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -42,7 +42,7 @@ class Sampler:
         self.run_seed = run_seed
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, group_size: int, *, version: int, watch: Watch = _unwatched
+        self, prompts: Sequence[Prompt], sampling: Sampling, group_size: int, *, version: int, watch: Watch = unwatched
     ) -> list[RolloutGroup]:
         """`group_size` scored responses to each prompt by policy `version`, in the order of the prompts."""
         requests = [

@@ -48,7 +48,13 @@ def generate(
             f"only {len(found)}: lower size, raise max_terms or add a kind (of {sorted(KINDS)})"
         )
     return [
-        Prompt(id=f"arithmetic/{split}/{problem}", content=problem, answer=answer(problem), task="arithmetic")
+        Prompt(
+            id=f"arithmetic/{split}/{problem}",
+            content=problem,
+            answer=answer(problem),
+            task="arithmetic",
+            solution=careful_chain(problem),
+        )
         for problem in found
     ]
 

@@ -29,7 +29,8 @@ def load_hub(config: HubTask, split: Split, task: str) -> list[Prompt]:
 
 def _rows(config: HubTask, split: str, limit: int | None) -> Iterator[Row]:
     rows = load_rows(config.path, name=config.name, revision=config.revision, split=split)
-    rows = narrowed(rows, [config.problem, config.answer, *([] if config.id is None else [config.id])])
+    optional = (config.id, config.solution)
+    rows = narrowed(rows, [config.problem, config.answer, *(column for column in optional if column is not None)])
     for number, row in enumerate(rows if limit is None else rows.select(range(min(limit, len(rows))))):
         yield f"{config.path} ({split}), row {number}", row
 

@@ -184,6 +184,8 @@ def _rank(seed: int, text: str) -> int:
 
 def _name(config: TaskConfig) -> str:
     """`gsm8k` of `data/gsm8k.jsonl.gz` or `openai/gsm8k`; a generator goes by its type."""
+    if config.label is not None:
+        return config.label
     if isinstance(config, ArithmeticTask):
         return config.type
     name = PurePath(config.path).name

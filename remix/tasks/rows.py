@@ -35,7 +35,9 @@ def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> l
             )
         origins[identity] = where
         content = _content(row, config.problem, where)
-        prompts.append(Prompt(identity, content, text(row, "answer", config.answer, where), task))
+        solution = "" if config.solution is None else text(row, "solution", config.solution, where)
+        answer = text(row, "answer", config.answer, where)
+        prompts.append(Prompt(identity, content, answer, task, solution=solution))
     return prompts
 
 

@@ -17,8 +17,9 @@ from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, remove_shards
 from remix.rewards import RewardSuite
+from remix.rollout.demonstrate import Demonstrations
 from remix.rollout.sample import Sampler
-from remix.tasks import PromptStream, Split, TaskSet, encode, load_tasks
+from remix.tasks import PromptStream, TaskSet, encode, load_tasks
 from remix.tracking.progress import Progress
 from remix.tracking.run_log import RunLog, read_metrics
 from remix.training.distributed import Cluster
@@ -52,8 +53,9 @@ def open_trainer(
     cluster.check_alike("the recipe", dump_recipe(recipe))
     checkpoint.seed_generators(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
     tokenizer = load_tokenizer(recipe.model)
-    train = _encoded_tasks(recipe, "train", tokenizer)
-    held_out = [] if recipe.eval.benchmarks else _encoded_tasks(recipe, "test", tokenizer)
+    train = _encoded(load_tasks(recipe.tasks, "train"), recipe, tokenizer)
+    asked = () if recipe.eval.benchmarks else recipe.eval.tasks or recipe.tasks
+    held_out = _encoded(load_tasks(asked, "test"), recipe, tokenizer) if asked else []
     for task in train:
         if task.excluded:
             progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
@@ -91,7 +93,7 @@ def open_trainer(
             run_dir=run_dir,
             cluster=cluster,
             policy=policy,
-            sampler=Sampler(engine, rewards, _decoder(tokenizer), recipe.seed),
+            sampler=_build_sampler(recipe, engine, rewards, policy),
             probe=SyncProbe(recipe, policy),
             stream=PromptStream(train, seed=recipe.seed),
             exams=exams,
@@ -138,11 +140,8 @@ def _open_log(recipe: Recipe, state: TrainState, *, enabled: bool) -> RunLog:
     return log
 
 
-def _encoded_tasks(recipe: Recipe, split: Split, tokenizer: Any) -> list[TaskSet]:
-    return [
-        replace(task, prompts=tuple(encode(task.prompts, tokenizer, recipe.prompt)))
-        for task in load_tasks(recipe.tasks, split)
-    ]
+def _encoded(sets: Sequence[TaskSet], recipe: Recipe, tokenizer: Any) -> list[TaskSet]:
+    return [replace(task, prompts=tuple(encode(task.prompts, tokenizer, recipe.prompt))) for task in sets]
 
 
 def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message: Callable[[str], None]) -> Engine:
@@ -189,6 +188,18 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
     from remix.rollout.vllm import VLLMEngine
 
     return VLLMEngine(recipe.model.path, **arguments)
+
+
+def _build_sampler(recipe: Recipe, engine: Engine, rewards: RewardSuite, policy: Policy) -> Sampler:
+    tokenizer = policy.tokenizer
+    if not recipe.imitates:
+        return Sampler(engine, rewards, _decoder(tokenizer), recipe.seed)
+
+    def encoded(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    eos = policy.module.eos_token_ids[0]
+    return Demonstrations(engine, rewards, _decoder(tokenizer), recipe.seed, encode=encoded, eos_token_id=eos)
 
 
 def _decoder(tokenizer: Any) -> Any:

@@ -42,14 +42,17 @@ def build_exams(
             temperature=1.0 if config.temperature is None else config.temperature,
             top_p=config.top_p or 1.0,
         )
+        by_name = {task.name: [task] for task in held_out} if config.tasks else {"": held_out}
         exams = [
             held_out_exam(
-                eval_prompts(held_out, config.prompts, seed=0),
+                eval_prompts(sets, config.prompts, seed=0),
                 rewards,
+                name=name,
                 samples=config.samples or 1,
                 sampling=sampling,
                 reflection_phrases=recipe.log.reflection_patterns,
             )
+            for name, sets in by_name.items()
         ]
     check_context(exams, context_length(recipe.model), "eval.max_tokens")
     return exams

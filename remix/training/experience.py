@@ -124,6 +124,8 @@ class Experience:
         """[R] each: one number for every token of a response."""
         if not rollouts:
             return []
+        if self.recipe.imitates:
+            return [torch.zeros(len(rollout.response_ids)) for rollout in rollouts]
         rewards = torch.tensor([_reward(rollout) for rollout in rollouts], dtype=torch.float32)
         if self.recipe.kl.place == "reward" and self.recipe.kl.weight:
             penalties = [kl_penalty(rollout, self.recipe.kl, kl_lambda).sum() for rollout in rollouts]

@@ -294,5 +294,5 @@ class Trainer:
             "batch/replayed": self.recipe.rollout.group_size * len(replayed),
             "batch/left_out": batch - num_samples,
             **rollout_metrics(sampled, log.reflection_patterns),
-            **sampler_mismatch(fresh),
+            **({} if self.recipe.imitates else sampler_mismatch(fresh)),
         }

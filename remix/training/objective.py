@@ -18,6 +18,7 @@ from remix.algorithms import (
     kl_estimate,
     log_ratio,
     mix_ppg,
+    negative_log_likelihood,
     sequence_log_ratio,
     truncated_importance_weight,
 )
@@ -67,6 +68,8 @@ class Objective:
         batch, config = inputs.batch, self.config
         policies = (inputs.logprobs, batch.behaviour_logprobs, batch.proximal_logprobs, batch.advantages)
         clip_low, clip_high = config.clip_low, config.clip_high
+        if config.type == "sft":
+            return negative_log_likelihood(inputs.logprobs)
         if config.type == "gspo":
             loss = gspo(*policies, batch.response_mask, clip_low=clip_low, clip_high=clip_high)
         elif config.type == "cispo":

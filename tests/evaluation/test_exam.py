@@ -113,11 +113,11 @@ def test_held_out_prompts_are_judged_by_the_rewards(tokenizer: Any) -> None:
             ]
 
     prompts = [replace(prompt, token_ids=(5,)) for prompt in PROBLEMS.prompts]
-    exam = held_out_exam(prompts, Rewards(), samples=1, sampling=Sampling(8), reflection_phrases=["wait"])
+    exam = held_out_exam(prompts, Rewards(), name="", samples=1, sampling=Sampling(8), reflection_phrases=["wait"])
     responses = respond(exam, exam.questions, Told(tokenizer, ["2", "8"]), tokenizer.decode, 0)
     assert evaluate(exam, responses).avg_at_k == 0.5
     with pytest.raises(ValueError, match="holdout"):
-        held_out_exam([], Rewards(), samples=1, sampling=Sampling(8), reflection_phrases=[])
+        held_out_exam([], Rewards(), name="", samples=1, sampling=Sampling(8), reflection_phrases=[])
 
 
 def test_prompt_and_response_fit_the_context(tokenizer: Any, grader: GraderPool) -> None:
