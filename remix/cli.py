@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from remix.evaluation import command as evaluation
-from remix.terminal import Parser, guard_tracebacks, print_error
+from remix.terminal import Parser, guard_tracebacks, print_error, showable
 from remix.training.resume import add_resume_options
 
 # Nothing heavy up here: `remix --help` answers at once.
@@ -102,6 +102,18 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one per core")
     grade.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds per answer (default 5)")
 
+    continual = commands.add_parser(
+        "continual",
+        usage="remix continual report RUN_DIR [--json]",
+        help="what a run of tasks one after the other kept and forgot",
+        description="Prints the accuracy matrix with ACC, BWT, forgetting and zero-shot accuracy, and writes them as "
+        "continual.md and continual.png into the run's folder.",
+    )
+    continual.set_defaults(command=_continual)
+    continual.add_argument("action", choices=("report",))
+    continual.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    continual.add_argument("--json", action="store_true", help="the record and the four numbers as JSON")
+
     for command in (plan, train):
         command.add_argument(
             "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"
@@ -128,22 +140,28 @@ def _split(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _plan(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]) -> int:
     from remix.config import load_recipe
-    from remix.training.plan import make_plan
+    from remix.training.stages import make_plans
 
     if recipe is None:
         raise ValueError("name a recipe, for example: remix plan recipes/embedded/remix_grpo.yaml")
-    plan = make_plan(load_recipe(recipe, overrides), _at_least_one("--processes", args.processes))
+    plans = make_plans(load_recipe(recipe, overrides), _at_least_one("--processes", args.processes))
     if args.json:
         import json
         from dataclasses import asdict
 
-        print(json.dumps(asdict(plan), indent=2))
+        print(
+            json.dumps(asdict(plans[""]) if list(plans) == [""] else {t: asdict(p) for t, p in plans.items()}, indent=2)
+        )
         return 0
     from rich.console import Console
 
     from remix.training.plan_view import render
 
-    Console(markup=False, emoji=False).print(render(plan))
+    console = Console(markup=False, emoji=False)
+    for number, (task, plan) in enumerate(plans.items()):
+        if task:
+            console.print(f" task {number + 1} of {len(plans)}: {showable(task)}", style="bold")
+        console.print(render(plan))
     return 0
 
 
@@ -185,20 +203,46 @@ def _grade(args: argparse.Namespace, *_: Any) -> int:
     return 0
 
 
+# --- remix continual ----------------------------------------------------------------------------------------------
+
+
+def _continual(args: argparse.Namespace, *_: Any) -> int:
+    from remix.evaluation.continual import read_record
+    from remix.evaluation.continual_report import transfer_table, write_report
+    from remix.evaluation.transfer import summary
+
+    record = read_record(args.run_dir)
+    if not record.learnt:
+        raise ValueError(f"{args.run_dir}: no task has been learnt yet")
+    if args.json:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(record) | summary(record.matrix), indent=2))
+        return 0
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False)
+    console.print(transfer_table(record))
+    for path in write_report(record, args.run_dir):
+        console.print(showable(str(path)), style="dim")
+    return 0
+
+
 # --- remix train --------------------------------------------------------------------------------------------------
 
 
 def _train(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]) -> int:
     from remix.config import load_recipe
     from remix.training.interruption import STATUS_FOLDER, overall_status
-    from remix.training.plan import make_plan
     from remix.training.resume import resolve
+    from remix.training.stages import make_plans
 
     # Here rather than only in the launched process, so that a mistake is one line and takes no seconds, and so that
     # all processes go on with the same run.
     path, words, resume = resolve([*([] if recipe is None else [recipe]), *overrides], args.resume)
     checked, (processes, here) = load_recipe(path, words), _processes(args.config_file)
-    make_plan(checked, processes)
+    make_plans(checked, processes)
     command = [*_launcher(args.config_file), "-m", "remix.train", path, *overrides]
     command += ["--resume", checked.run_dir] if resume else []
     command += ["--allow-changed"] if args.allow_changed else []

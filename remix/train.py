@@ -13,8 +13,15 @@ from remix.terminal import Parser, guard_tracebacks, print_error
 from remix.training.resume import add_resume_options, resolve
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from remix.config import Recipe
+    from remix.training.distributed import Cluster
     from remix.training.interruption import Interruption
+
+
+BEGUN = ("metrics.jsonl", "continual.json")
+"""A run directory that holds one of these, and not empty, holds a run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,37 +99,58 @@ def run(
     begun. Raises ValueError for a request that cannot be met, TrainingError for training that cannot go on, and
     Interrupted after a signal, if an `interruption` listens for one.
     """
-    from rich.console import Console
-
     from remix.models.loading import quiet
+    from remix.training.distributed import Cluster
+    from remix.training.interruption import Interruption
+    from remix.training.stages import make_plans
+
+    interruption = interruption or Interruption()
+    make_plans(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    _check_run_dir(Path(recipe.run_dir), resume=resume)
+    quiet()
+    with Cluster(recipe.log.trackers, rank_timeout=recipe.faults.rank_timeout) as cluster:
+        interruption.gone = cluster.gone
+        learn = _one_task if recipe.continual is None else _one_after_the_other
+        return learn(
+            recipe, recipe_path, cluster, resume=resume, allow_changed=allow_changed, interruption=interruption
+        )
+
+
+def _one_task(recipe: Recipe, recipe_path: str, cluster: Cluster, **options: Any) -> dict[str, Any]:
     from remix.tracking.progress import Progress
     from remix.tracking.summary import before_after_table
     from remix.training.build import open_trainer
-    from remix.training.distributed import Cluster
     from remix.training.finish import finish
-    from remix.training.plan import make_plan
 
-    make_plan(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    _check_run_dir(Path(recipe.run_dir), resume=resume)
-    quiet()
-    cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir), rank_timeout=recipe.faults.rank_timeout)
-    if interruption is not None:
-        interruption.gone = cluster.gone
-    options: dict[str, Any] = {"resume": resume, "allow_changed": allow_changed, "interruption": interruption}
     progress = Progress(Path(recipe_path).stem, recipe.run_dir, recipe.last_step, enabled=cluster.is_main)
     with progress, open_trainer(recipe, cluster, progress, **options) as trainer:
         if trainer.state.step >= recipe.last_step:
             progress.message(f"all {recipe.last_step} steps are done: set max_steps or steps higher to go on")
         trainer.fit()
         result = finish(trainer, recipe_path)
-    if cluster.is_main:
-        Console(markup=False, emoji=False).print(before_after_table(result))
+    _print(cluster, before_after_table(result))
     return result
 
 
+def _one_after_the_other(recipe: Recipe, recipe_path: str, cluster: Cluster, **options: Any) -> dict[str, Any]:
+    from remix.evaluation.continual_report import transfer_table
+    from remix.training.continual import run_continual
+
+    record, result = run_continual(recipe, recipe_path, cluster, **options)
+    _print(cluster, transfer_table(record))
+    return result
+
+
+def _print(cluster: Cluster, table: RenderableType) -> None:
+    from rich.console import Console
+
+    if cluster.is_main:
+        Console(markup=False, emoji=False).print(table)
+
+
 def _check_run_dir(run_dir: Path, *, resume: bool) -> None:
-    metrics = run_dir / "metrics.jsonl"
-    if not resume and metrics.exists() and metrics.stat().st_size:
+    begun = any((run_dir / name).exists() and (run_dir / name).stat().st_size for name in BEGUN)
+    if not resume and begun:
         raise ValueError(
             f"run_dir {run_dir} already holds a run: add --resume {run_dir} to go on with it, or choose another run_dir"
         )

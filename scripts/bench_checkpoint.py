@@ -48,7 +48,7 @@ def main() -> None:
         fixed = [f"run_dir={folder}/run", "max_steps=2", "eval.every=0", "eval.prompts=1", "checkpoint.keep=1"]
         recipe = load_recipe(options.recipe, [*options.overrides, *fixed, "log.trackers=[]"])
         progress = Progress("bench", recipe.run_dir, recipe.last_step, enabled=False)
-        with open_trainer(recipe, Cluster(), progress, resume=False) as trainer:
+        with Cluster() as cluster, open_trainer(recipe, cluster, progress, resume=False) as trainer:
             trainer.fit()
             saving = seconds(trainer.save)
         newest = checkpoint.saved(Path(recipe.run_dir))[-1]

@@ -39,7 +39,7 @@ def main() -> None:
         fixed = [f"run_dir={folder}/run", "eval.every=0", "eval.prompts=1", "checkpoint.every=0", "log.trackers=[]"]
         recipe = load_recipe(options.recipe, [*options.overrides, *fixed, f"max_steps={options.steps + 1}"])
         progress = Progress("bench", recipe.run_dir, recipe.last_step, enabled=False)
-        with open_trainer(recipe, Cluster(), progress, resume=False) as trainer:
+        with Cluster() as cluster, open_trainer(recipe, cluster, progress, resume=False) as trainer:
             trainer.fit()
         from remix.tracking.run_log import read_metrics
 

@@ -71,9 +71,12 @@ def opened(recipe: Recipe, *, resume: bool = False) -> Iterator[Any]:
     from remix.training.build import open_trainer
     from remix.training.distributed import Cluster
 
-    cluster = Cluster(recipe.log.trackers, Path(recipe.run_dir))
     progress = Progress("test", recipe.run_dir, recipe.last_step, enabled=False)
-    with progress, open_trainer(recipe, cluster, progress, resume=resume) as trainer:
+    with (
+        Cluster(recipe.log.trackers) as cluster,
+        progress,
+        open_trainer(recipe, cluster, progress, resume=resume) as trainer,
+    ):
         yield trainer
 
 

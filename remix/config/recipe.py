@@ -22,6 +22,7 @@ from remix.config.algorithm import (
     ReincarnationConfig,
 )
 from remix.config.block import Block, nearest, quotable
+from remix.config.continual import AlignmentConfig, ContinualConfig
 from remix.config.data import LengthReward, PromptConfig, RewardConfig, TaskConfig
 from remix.config.model import LoraAdapter, ModelConfig, NoAdapter, SeparateCritic, SharedCritic
 from remix.config.reading import LARGEST, read_yaml
@@ -50,6 +51,8 @@ class Recipe(Block):
     phases: Annotated[tuple[PhaseConfig, ...], Field(min_length=1, max_length=12)] = (OnPolicyPhase(),)
     """The plan counts through every way in which they may end, which doubles with each."""
     reincarnation: ReincarnationConfig = ReincarnationConfig()
+    alignment: AlignmentConfig | None = None
+    continual: ContinualConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -130,6 +133,12 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"phases.{index}: a kl_budget needs the KL measured: set kl.weight above 0, or remove the trigger"
     if kl.place == "reward" and kl.estimator == "full":
         yield "kl.estimator full is not a per-token estimate: set kl.place to loss, or kl.estimator to k1, k2 or k3"
+    if recipe.alignment is not None and getattr(recipe.adapter, "path", None) is None:
+        yield "alignment is with the adapter that the run begins from: set adapter.path"
+    if recipe.alignment is not None and recipe.alignment.importance == "change" and recipe.alignment.initial is None:
+        yield "alignment.importance change compares with an untrained adapter: set alignment.initial"
+    if recipe.continual is not None:
+        yield from _continual(recipe)
     if recipe.reincarnation.lora == "merge" and recipe.adapter.type != "lora":
         yield "reincarnation.lora merge needs adapter.type lora"
     if recipe.reincarnation.lora == "merge" and isinstance(recipe.adapter, LoraAdapter) and recipe.adapter.dora:
@@ -159,6 +168,22 @@ def _imitation(recipe: Recipe) -> Iterator[str]:
         yield "objective.type sft has nothing to replay: give phases of type on_policy alone"
 
 
+def _continual(recipe: Recipe) -> Iterator[str]:
+    """What does not go with tasks one after the other."""
+    if recipe.adapter.type == "none":
+        yield "continual merges adapters: set adapter.type, for example to lora"
+    if getattr(recipe.adapter, "path", None) is not None:
+        yield "continual begins every task with an adapter of its own: remove adapter.path"
+    if recipe.alignment is not None:
+        yield "continual aligns by its method: put the keys of alignment into continual.method.alignment"
+    if recipe.reincarnation.lora == "merge":
+        yield "continual needs one base for all tasks: set reincarnation.lora to snapshot"
+    if recipe.eval.benchmarks:
+        yield "continual evaluates its own tasks after each: remove eval.benchmarks"
+
+
+PATHS = ("path", "eval_path", "data_dir", "initial")
+"""Keys whose values may be relative to the recipe's own folder."""
 MOST_LINES = 20
 """Of a message."""
 
@@ -254,7 +279,9 @@ def _anchor_paths(data: Any, folder: Path) -> Any:
         return data
     return {
         key: str((folder / value).resolve())
-        if key in ("path", "eval_path", "data_dir") and isinstance(value, str) and value.startswith(("./", "../"))
+        if key in ("path", "eval_path", "data_dir", "initial")
+        and isinstance(value, str)
+        and value.startswith(("./", "../"))
         else _anchor_paths(value, folder)
         for key, value in data.items()
     }

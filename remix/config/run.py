@@ -25,6 +25,8 @@ class OptimizerConfig(Block):
 class EvalConfig(Block):
     every: NonNegativeInt = 10
     """Training steps between evaluations; 0 = before and after only."""
+    before: bool = True
+    """Whether there is one before the first step, which every gain is measured from."""
     benchmarks: tuple[str, ...] = ()
     """Benchmarks and suites by name, judged by their own graders; none: held-out prompts of the tasks, judged by the
     rewards."""

@@ -68,6 +68,13 @@ class Policy:
     def next_precedent(self, snapshot: Snapshot | None) -> None:
         self._at_step_start = snapshot
 
+    def load(self, snapshot: Snapshot) -> None:
+        """The policy becomes what it was when the snapshot was taken."""
+        own = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, tensor in snapshot.items():
+                own[name].copy_(tensor)
+
     # --- checkpoints ---
 
     def weights(self, *, with_base: bool) -> dict[str, Tensor]:

@@ -7,7 +7,17 @@ eval_prompts    the fixed choice that evaluation uses
 """
 
 from remix.tasks.encode import encode
-from remix.tasks.mixture import TASKS, PromptStream, TaskSet, eval_prompts, load_tasks, named_apart
+from remix.tasks.mixture import TASKS, PromptStream, TaskSet, eval_prompts, load_tasks, named_apart, task_names
 from remix.tasks.rows import Split
 
-__all__ = ["TASKS", "PromptStream", "Split", "TaskSet", "encode", "eval_prompts", "load_tasks", "named_apart"]
+__all__ = [
+    "TASKS",
+    "PromptStream",
+    "Split",
+    "TaskSet",
+    "encode",
+    "eval_prompts",
+    "load_tasks",
+    "named_apart",
+    "task_names",
+]

@@ -65,13 +65,19 @@ TASKS: dict[str, Callable[[Any, Split, str], list[Prompt]]] = {
 """By `type:`, what loads a split under a name. A new task is a file with such a function and a row here."""
 
 
+def task_names(configs: Sequence[TaskConfig]) -> list[str]:
+    """What the tasks of a recipe are called, in order; none twice."""
+    names: list[str] = []
+    for config in configs:
+        names.append(_unused(_name(config), set(names)))
+    return names
+
+
 def load_tasks(configs: Sequence[TaskConfig], split: Split) -> list[TaskSet]:
     """One set per task, in order. A task with `holdout: 0` and no evaluation split of its own has no test set."""
     sets: list[TaskSet] = []
-    names, ids = set[str](), set[str]()
-    for config in configs:
-        name = _unused(_name(config), names)
-        names.add(name)
+    ids = set[str]()
+    for name, config in zip(task_names(configs), configs, strict=True):
         if split == "test" and _keeps_none_back(config):
             continue
         prompts = found = TASKS[config.type](config, split, name)

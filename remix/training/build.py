@@ -12,6 +12,7 @@ from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
+from remix.merging.continual import Alignment, saved_snapshot
 from remix.models.adapters import checkpoint_weights
 from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
@@ -64,9 +65,9 @@ def open_trainer(
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
     identity = run_identity(policy, train)
+    alignment = _build_alignment(recipe, policy, updater)  # before a checkpoint makes the policy what it became
 
     with ExitStack() as stack:
-        stack.callback(cluster.close)  # last: an engine may still need the process group to close
         if cluster.is_main:
             stack.callback(lock_run(run_dir).close)
             checkpoint.recover(run_dir)
@@ -87,7 +88,9 @@ def open_trainer(
         engine = build_engine(recipe, policy, exams, progress.message)
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
-        cluster.start_trackers(recipe.model_dump(mode="json"), read_metrics(run_dir) if cluster.is_main else [])
+        stack.callback(cluster.stop_trackers)
+        rows = read_metrics(run_dir) if cluster.is_main else []
+        cluster.start_trackers(run_dir, recipe.model_dump(mode="json"), rows)
         yield Trainer(
             recipe=recipe,
             run_dir=run_dir,
@@ -104,6 +107,7 @@ def open_trainer(
             progress=progress,
             state=state,
             identity=identity,
+            alignment=alignment,
             interruption=interruption or Interruption(),
         )
 
@@ -188,6 +192,15 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
     from remix.rollout.vllm import VLLMEngine
 
     return VLLMEngine(recipe.model.path, **arguments)
+
+
+def _build_alignment(recipe: Recipe, policy: Policy, updater: Updater) -> Alignment | None:
+    config = recipe.alignment
+    if config is None:
+        return None
+    initial = None if config.initial is None else saved_snapshot(policy, Path(config.initial))
+    updates = recipe.steps * recipe.batch.minibatches * recipe.phases[0].utd_ratio
+    return Alignment(config, policy, updater, updates=updates, initial=initial)
 
 
 def _build_sampler(recipe: Recipe, engine: Engine, rewards: RewardSuite, policy: Policy) -> Sampler:

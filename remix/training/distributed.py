@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -46,16 +46,12 @@ def stay_on_this_machine() -> None:
 class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
 
-    def __init__(
-        self, trackers: Sequence[str] = (), project_dir: Path | None = None, *, rank_timeout: float = 900.0
-    ) -> None:
+    def __init__(self, trackers: Sequence[str] = (), *, rank_timeout: float = 900.0) -> None:
         """`rank_timeout`: seconds that ranks wait for one that does not come."""
-        self.project_dir = project_dir
         stay_on_this_machine()
         # Accumulation is ours, by token count; left to accelerate, an environment variable would divide gradients.
         self.accelerator = Accelerator(
             log_with=list(trackers) or None,
-            project_dir=project_dir,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             # The watchdog comes first, since it knows the name of the rank that is missing.
             kwargs_handlers=[
@@ -171,10 +167,11 @@ class Cluster:
         """Ranks exchange gradients in the last micro-batch of an optimiser step alone."""
         return self.waiting("the exchange of gradients") if last else self.accelerator.no_sync(module)
 
-    def start_trackers(self, recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    def start_trackers(self, run_dir: Path, recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
         """`rows`: the metrics of a resumed run so far, which are shown again, so that no step is missing or double."""
-        if self.is_main and self.project_dir is not None:
-            shutil.rmtree(self.project_dir / TRACKED_AS, ignore_errors=True)  # TensorBoard's files
+        if self.is_main:
+            shutil.rmtree(run_dir / TRACKED_AS, ignore_errors=True)  # TensorBoard's files
+        self.accelerator.project_configuration.set_directories(str(run_dir))
         flat = {key: value for key, value in recipe.items() if isinstance(value, str | int | float)}
         self.accelerator.init_trackers(TRACKED_AS, config=flat)
         for row in rows:
@@ -192,10 +189,15 @@ class Cluster:
         with self.waiting(stage):
             self.accelerator.wait_for_everyone()
 
-    def close(self) -> None:
-        if self.world_size > 1:
+    def stop_trackers(self) -> None:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.world_size > 1:  # of one process, a process group that is there is somebody else's
             _KEPT.append(torch.distributed.group.WORLD)
             self.accelerator.end_training()
-            return
-        for tracker in self.accelerator.trackers:  # a process group that is there is somebody else's
-            tracker.finish()

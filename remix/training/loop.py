@@ -15,6 +15,7 @@ from remix.config import MixPolicyPhase, PhaseConfig, Recipe
 from remix.errors import Interrupted, TrainingError
 from remix.evaluation.evaluate import evaluate, training_metrics
 from remix.evaluation.exam import Exam, Question, Response, respond
+from remix.merging.continual import Alignment
 from remix.models.adapters import checkpoint_weights
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, shard_path, write_shard
@@ -58,6 +59,7 @@ class Trainer:
     state: TrainState
     identity: Mapping[str, str]
     """Hashes of model and data; see `run_identity`."""
+    alignment: Alignment | None = None
     interruption: Interruption = field(default_factory=Interruption)
 
     def fit(self) -> None:
@@ -70,10 +72,9 @@ class Trainer:
         watch, started = Stopwatch(self.progress.stage), time.perf_counter() - self.state.seconds
         try:
             self._sync(watch)
-            if self.state.base_pass_at_1 is None:
-                metrics = self._evaluate(watch)
-                self.state.base_pass_at_1 = self.state.pass_at_1
-                self.progress.update(0, metrics, self._phase.type)
+            if self.state.base_evaluation is None and self.recipe.eval.before:
+                self.state.base_evaluation = self._evaluate(watch)
+                self.progress.update(0, self.state.base_evaluation, self._phase.type)
             if self.state.unlogged is not None:
                 self._finish(self.state.step - 1, self.state.unlogged)
             for step in range(self.state.step, self.recipe.last_step):
@@ -106,6 +107,7 @@ class Trainer:
         metrics = self._describe(fresh, dropped, replayed, len(samples)) | {"kl/lambda": kl_lambda}
         with watch("updating"):
             metrics |= self.updater.run(samples, step=step, passes=phase.utd_ratio, kl_lambda=kl_lambda)
+            metrics |= self._align(step, int(metrics.get("updates", 0)))
         metrics |= self._sync(watch)
         self.state.step = step + 1
         return metrics | watch.metrics()
@@ -263,7 +265,20 @@ class Trainer:
             self.sampler.engine.sync(checkpoint_weights(self.policy.module.lm))
             return self.probe.check(self.sampler.engine, self.stream.take(0, 4))
 
-    def _evaluate(self, watch: Stopwatch) -> dict[str, float]:
+    def _align(self, step: int, updates: int) -> dict[str, float]:
+        """After a step's `updates`: the sign alignment, where one has come due."""
+        self.state.updates += updates
+        if self.alignment is None:
+            return {}
+        return self.alignment.after(self.state.updates, updates, steps_left=self.recipe.steps - step - 1)
+
+    def evaluate(self, exams: Sequence[str] | None = None) -> dict[str, float]:
+        """The policy as it is now, on the exams of these names, or all. Raises Interrupted after a signal."""
+        watch = Stopwatch(self.progress.stage)
+        self._sync(watch)
+        return self._evaluate(watch, exams)
+
+    def _evaluate(self, watch: Stopwatch, names: Sequence[str] | None = None) -> dict[str, float]:
         def responses(exam: Exam) -> list[Response]:
             def work(share: Sequence[Question]) -> list[Response]:
                 return respond(exam, share, self.sampler.engine, self.sampler.decode, self.recipe.seed)
@@ -271,8 +286,9 @@ class Trainer:
             return self._abandonable(work, exam.questions, "evaluating")
 
         with watch("evaluating"):
-            metrics = training_metrics([evaluate(exam, responses(exam)) for exam in self.exams])
-        self.state.pass_at_1 = metrics["eval/pass@1"]
+            chosen = [exam for exam in self.exams if names is None or exam.name in names]
+            metrics = training_metrics([evaluate(exam, responses(exam)) for exam in chosen])
+        self.state.evaluation = metrics
         return metrics
 
     def _describe(

@@ -37,9 +37,12 @@ class TrainState:
     """Prompts taken from the stream."""
     seconds: float = 0.0
     """Wall clock of all sessions of the run."""
-    base_pass_at_1: float | None = None
-    pass_at_1: float | None = None
-    """Last evaluated."""
+    updates: int = 0
+    """Optimiser steps taken."""
+    base_evaluation: dict[str, float] | None = None
+    """The metrics of the evaluation before the first step."""
+    evaluation: dict[str, float] | None = None
+    """Those of the last."""
     best: float | None = None
     """Of the metric `checkpoint.best`, so far."""
     best_step: int | None = None
@@ -51,6 +54,14 @@ class TrainState:
     phase: PhaseState = field(default_factory=PhaseState)
     changes: list[str] = field(default_factory=list)
     """Keys of the recipe that were changed when the run was resumed, and at which step."""
+
+    @property
+    def base_pass_at_1(self) -> float | None:
+        return None if self.base_evaluation is None else self.base_evaluation["eval/pass@1"]
+
+    @property
+    def pass_at_1(self) -> float | None:
+        return None if self.evaluation is None else self.evaluation["eval/pass@1"]
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TrainState:
