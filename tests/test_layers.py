@@ -41,6 +41,7 @@ FLOORS = {
 """Of a module and all beneath it; the longest name that fits counts. The package itself is the public face."""
 
 DOORS = {
+    "PIL": {"remix.tasks.images", "remix.tasks.shapes"},
     "vllm": {"remix.rollout.vllm"},
     "accelerate": {"remix.training.distributed"},
     "deepspeed": set(),

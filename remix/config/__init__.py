@@ -50,6 +50,7 @@ from remix.config.data import (
     PromptConfig,
     PythonReward,
     RewardConfig,
+    ShapesTask,
     TaskConfig,
 )
 from remix.config.model import LoraAdapter, ModelConfig, ModelSize, NoAdapter, SeparateCritic, SharedCritic
@@ -111,6 +112,7 @@ __all__ = [
     "RolloutsTrigger",
     "SeparateCritic",
     "SequentialMethod",
+    "ShapesTask",
     "SharedCritic",
     "StepsTrigger",
     "TaskConfig",
