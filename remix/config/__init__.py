@@ -53,12 +53,25 @@ from remix.config.data import (
     ShapesTask,
     TaskConfig,
 )
-from remix.config.model import LoraAdapter, ModelConfig, ModelSize, NoAdapter, SeparateCritic, SharedCritic
+from remix.config.model import (
+    AdapterConfig,
+    IA3Adapter,
+    LayersAdapter,
+    LoraAdapter,
+    ModelConfig,
+    ModelSize,
+    NoAdapter,
+    PrefixAdapter,
+    PromptAdapter,
+    SeparateCritic,
+    SharedCritic,
+)
 from remix.config.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
 from remix.config.rollout import BatchConfig, HFEngineConfig, RefillConfig, RolloutConfig, VLLMEngineConfig
 from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
 
 __all__ = [
+    "AdapterConfig",
     "AdvantageConfig",
     "AlignmentConfig",
     "ArithmeticTask",
@@ -76,11 +89,13 @@ __all__ = [
     "GRPOAdvantage",
     "HFEngineConfig",
     "HubTask",
+    "IA3Adapter",
     "IndependentMethod",
     "JsonlTask",
     "KLBudgetTrigger",
     "KLConfig",
     "LambdaSchedule",
+    "LayersAdapter",
     "LengthDropTrigger",
     "LengthReward",
     "LogConfig",
@@ -98,6 +113,8 @@ __all__ = [
     "PAMMethod",
     "PAMTallMethod",
     "PhaseConfig",
+    "PrefixAdapter",
+    "PromptAdapter",
     "PromptConfig",
     "PythonReward",
     "RLOOAdvantage",
