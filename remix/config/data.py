@@ -57,6 +57,8 @@ class JsonlTask(DataTask):
     problem: str = "problem"
     answer: str = "answer"
     id: str | None = "id"
+    images: str | None = None
+    """The column of each problem's images: a path, or a list of them, relative to the file's folder."""
     limit: PositiveInt | None = None
 
 

@@ -114,8 +114,11 @@ def checkpoint_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
         yield public, _merged_weight(merged[name]) if name in merged else tensor.detach()
 
 
-def save_model(lm: Any, tokenizer: Any, folder: Path, *, base_changed: bool) -> None:
-    """A standard checkpoint, or a standard PEFT adapter where the base weights are still the base model's own."""
+def save_model(lm: Any, reader: Any, folder: Path, *, base_changed: bool) -> None:
+    """A standard checkpoint, or a standard PEFT adapter where the base weights are still the base model's own.
+
+    `reader`: the model's tokenizer, or the processor that holds it.
+    """
     if hasattr(lm, "get_base_model") and base_changed:
         lm.get_base_model().save_pretrained(folder, state_dict=dict(checkpoint_weights(lm)))
     elif hasattr(lm, "get_base_model"):
@@ -124,7 +127,7 @@ def save_model(lm: Any, tokenizer: Any, folder: Path, *, base_changed: bool) -> 
         _lift_adapter(folder)
     else:
         lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    reader.save_pretrained(folder)
 
 
 _SETS = ("target_modules", "exclude_modules")

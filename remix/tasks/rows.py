@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from remix.config import HubTask, JsonlTask
@@ -35,7 +36,8 @@ def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> l
             )
         origins[identity] = where
         content = _content(row, config.problem, where)
-        prompts.append(Prompt(identity, content, text(row, "answer", config.answer, where), task))
+        images = () if isinstance(config, HubTask) else _images(row, config, where)
+        prompts.append(Prompt(identity, content, text(row, "answer", config.answer, where), task, images=images))
     return prompts
 
 
@@ -99,6 +101,22 @@ def _content(row: Mapping[str, Any], column: str, where: str) -> str | tuple[Mes
     if isinstance(value, list) and value and all(_is_turn(turn) for turn in value):
         return tuple({"role": turn["role"], "content": turn["content"]} for turn in value)
     return text(row, "problem", column, where)
+
+
+def _images(row: Mapping[str, Any], config: JsonlTask, where: str) -> tuple[str, ...]:
+    """Paths, as they are opened from the working directory."""
+    if config.images is None:
+        return ()
+    found = cell(row, "images", config.images, where)
+    paths = [] if is_empty(found) else found if isinstance(found, list) else [found]
+    odd = next((path for path in paths if not isinstance(path, str) or not path.strip()), None)
+    if odd is not None:
+        raise ValueError(
+            f"{where}: the images (column '{config.images}') hold {quotable(repr(odd))}, which is no path; write one "
+            "path, or a list of them"
+        )
+    folder = Path(where.rpartition(":")[0]).parent
+    return tuple(str(folder / path) for path in paths)
 
 
 def _is_turn(turn: Any) -> bool:

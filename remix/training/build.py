@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
 from remix.models.adapters import checkpoint_weights
-from remix.models.loading import load_actor_critic, load_tokenizer
+from remix.models.loading import load_actor_critic, load_processor, load_tokenizer
 from remix.models.policy import Policy
+from remix.models.vision import Vision
 from remix.replay import ReplayBuffer, remove_shards
 from remix.rewards import RewardSuite
 from remix.rollout.sample import Sampler
@@ -27,10 +28,13 @@ from remix.training.experience import Experience
 from remix.training.interruption import Interruption
 from remix.training.loop import Trainer
 from remix.training.objective import Objective
-from remix.training.probe import SyncProbe
+from remix.training.probe import SyncProbe, check_images
 from remix.training.state import TrainState, check_same_run, from_checkpoint, moved_on, run_identity
 from remix.training.update import Updater
-from remix.types import Engine
+from remix.types import Engine, Prompt
+
+if TYPE_CHECKING:
+    from remix.rollout.hf import HFEngine
 
 
 @contextmanager
@@ -51,14 +55,20 @@ def open_trainer(
     run_dir = Path(recipe.run_dir)
     cluster.check_alike("the recipe", dump_recipe(recipe))
     checkpoint.seed_generators(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
-    tokenizer = load_tokenizer(recipe.model)
-    train = _encoded_tasks(recipe, "train", tokenizer)
-    held_out = [] if recipe.eval.benchmarks else _encoded_tasks(recipe, "test", tokenizer)
+    splits: tuple[Split, ...] = ("train",) if recipe.eval.benchmarks else ("train", "test")
+    loaded = {split: load_tasks(recipe.tasks, split) for split in splits}
+    processor = load_processor(recipe.model, needed=any(prompt.images for prompt in _prompts(loaded.values())))
+    tokenizer = load_tokenizer(recipe.model, processor)
+    train, held_out = (_encoded(loaded.get(split, []), recipe, tokenizer, processor) for split in ("train", "test"))
     for task in train:
         if task.excluded:
             progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
     module = load_actor_critic(recipe, tokenizer, cluster.device)
-    policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
+    vision = None if processor is None else Vision(processor, module.lm)
+    policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature, vision=vision)
+    seen = next((prompt for prompt in _prompts([train, held_out]) if prompt.images), None)
+    if seen is not None:
+        check_images(recipe, policy, _hf_engine(policy, batch_size=1), seen)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
     identity = run_identity(policy, train)
@@ -81,7 +91,7 @@ def open_trainer(
             _tell_resumed(state, changes, moved_on(saved, cluster.world_size), progress)
         cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
-        exams = build_exams(recipe, tokenizer, held_out, rewards, stack)
+        exams = build_exams(recipe, policy, held_out, rewards, stack)
         engine = build_engine(recipe, policy, exams, progress.message)
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
@@ -138,11 +148,26 @@ def _open_log(recipe: Recipe, state: TrainState, *, enabled: bool) -> RunLog:
     return log
 
 
-def _encoded_tasks(recipe: Recipe, split: Split, tokenizer: Any) -> list[TaskSet]:
-    return [
-        replace(task, prompts=tuple(encode(task.prompts, tokenizer, recipe.prompt)))
-        for task in load_tasks(recipe.tasks, split)
-    ]
+def _encoded(tasks: Sequence[TaskSet], recipe: Recipe, tokenizer: Any, processor: Any) -> list[TaskSet]:
+    return [replace(task, prompts=tuple(encode(task.prompts, tokenizer, recipe.prompt, processor))) for task in tasks]
+
+
+def _prompts(splits: Iterable[Sequence[TaskSet]]) -> Iterator[Prompt]:
+    return (prompt for tasks in splits for task in tasks for prompt in task.prompts)
+
+
+def _hf_engine(policy: Policy, batch_size: int) -> HFEngine:
+    from remix.rollout.hf import HFEngine
+
+    return HFEngine(
+        policy.module.lm,
+        eos_token_ids=policy.module.eos_token_ids,
+        batch_size=batch_size,
+        device=policy.device,
+        autocast=lambda: policy.module.autocast(policy.device),
+        never=policy.module.never,
+        vision=policy.vision,
+    )
 
 
 def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message: Callable[[str], None]) -> Engine:
@@ -152,15 +177,7 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
     """
     config = recipe.rollout.engine
     if isinstance(config, HFEngineConfig):
-        from remix.rollout.hf import HFEngine
-
-        return HFEngine(
-            policy.module.lm,
-            eos_token_ids=policy.module.eos_token_ids,
-            batch_size=config.batch_size,
-            device=policy.device,
-            autocast=lambda: policy.module.autocast(policy.device),
-        )
+        return _hf_engine(policy, config.batch_size)
     arguments: dict[str, Any] = {
         "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,
