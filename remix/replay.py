@@ -214,6 +214,7 @@ def _rollout(row: dict[str, Any]) -> tuple[Prompt, Rollout]:
         behaviour_logprobs=floats("behaviour_logprobs"),
         reference_logprobs=floats("reference_logprobs"),
         precedent_logprobs=floats("precedent_logprobs"),
+        images=images,
     )
 
 

@@ -42,7 +42,10 @@ class Prompt:
     token_ids: tuple[int, ...] = ()
     """The prompt as the model reads it, template included; empty until encoded."""
     images: tuple[str, ...] = ()
-    """Paths of images, in the order in which the content names them."""
+    """References of images, as `remix.tasks.images.open_image` opens them, in the order in which the model sees them.
+
+    They stand before the text, or where the content says <image>.
+    """
     solution: str = ""
     """A response to learn from by imitation; empty: the answer is one."""
 
@@ -86,6 +89,8 @@ class Request:
     prompt_ids: tuple[int, ...]
     seed: int
     """Alone determines the draw: not the batch, not the order."""
+    images: tuple[str, ...] = ()
+    """The prompt's, whose places are in `prompt_ids` already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,8 @@ class Rollout:
     """[R] float32, by the reference in force; computed once, valid until reincarnation."""
     precedent_logprobs: Tensor | None = None
     """[R] float32, by π_{k-1} of the step that sampled it; kept only where the KL is part of the reward."""
+    images: tuple[str, ...] = ()
+    """The prompt's; references, never pixels."""
 
     @property
     def truncated(self) -> bool:
@@ -207,7 +214,7 @@ class Batch:
     returns: Tensor | None = None
     """[B, T] float32 each."""
     multimodal: Mapping[str, Any] = field(default_factory=dict)
-    """Opaque extra inputs of the model's forward (pixels); nothing but the model looks inside."""
+    """Opaque extra inputs of the model's forward (pixels), by argument; nothing but the model looks inside."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

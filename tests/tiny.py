@@ -9,7 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GemmaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from remix.config import Recipe, parse_recipe
 
@@ -38,6 +53,58 @@ def make_tiny_model(folder: Path, *, tie: bool = True, seed: int = 5) -> Path:
         torch.manual_seed(seed)
         Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_vision_model(folder: Path, *, family: str = "llava", seed: int = 5) -> Path:
+    """A random vision-language model of 2 + 2 layers, saved with its processor: LLaVA (CLIP and Qwen2), which has
+    nothing but pixels beside the text, or PaliGemma (SigLIP and Gemma), whose prompts are read in both directions."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "base")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "bos_token": "<eos>"})
+    size = {"height": 16, "width": 16}
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 1,
+        "image_size": 16, "patch_size": 8, "projection_dim": 64,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "initializer_range": 0.3,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
+    }  # fmt: skip
+    if family == "llava":
+        pixels = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+        processor = LlavaProcessor(
+            pixels, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        )
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**vision),
+            text_config=Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **text),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_seq_length=4,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+        )
+        kind = LlavaForConditionalGeneration
+    else:
+        pixels = SiglipImageProcessorPil(size=size)
+        pixels.image_seq_length = 4
+        processor = PaliGemmaProcessor(pixels, tokenizer)
+        config = PaliGemmaConfig(
+            vision_config=SiglipVisionConfig(**vision),
+            text_config=GemmaConfig(vocab_size=len(processor.tokenizer), **text),
+            image_token_index=processor.image_token_id,
+            projection_dim=64,
+        )
+        kind = PaliGemmaForConditionalGeneration
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = kind(config)
+        with torch.no_grad():  # images matter as much as words
+            for name, parameter in lm.named_parameters():
+                if "multi_modal_projector" in name or "patch_embedding" in name:
+                    parameter.normal_(std=0.3)
+    lm.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -74,6 +74,8 @@ class JsonlTask(DataTask):
     solution: str | None = None
     """The column of responses to imitate under objective.type sft; null: the answers."""
     id: str | None = "id"
+    images: str | None = None
+    """The column of each problem's images: a path, or a list of them, relative to the file's folder."""
     limit: PositiveInt | None = None
 
 

@@ -19,16 +19,22 @@ Chat = Literal["auto", "always", "never"]
 
 
 def benchmark_exam(
-    benchmark: Benchmark, problems: Problems, tokenizer: Any, grader: GraderPool, overrides: Overrides, chat: Chat
+    benchmark: Benchmark,
+    problems: Problems,
+    tokenizer: Any,
+    grader: GraderPool,
+    overrides: Overrides,
+    chat: Chat,
+    processor: Any = None,
 ) -> Exam:
-    """Raises ValueError where the request contradicts itself."""
+    """`processor`: of a vision-language model. Raises ValueError where the request contradicts itself."""
     prompts = problems.prompts[: overrides.limit]
     golds = {prompt.id: accepted for prompt, accepted in zip(problems.prompts, problems.golds, strict=True)}
     # The context is checked against prompt and response together, below.
     form = PromptConfig(template=benchmark.template, system=benchmark.system, chat=chat, max_tokens=2**31)
     return Exam(
         name=benchmark.name,
-        prompts=tuple(encode(prompts, tokenizer, form)),
+        prompts=tuple(encode(prompts, tokenizer, form, processor)),
         golds=tuple(golds[prompt.id] for prompt in prompts),
         samples=overrides.samples_of(benchmark),
         sampling=overrides.sampling(benchmark),

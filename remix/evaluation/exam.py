@@ -78,7 +78,10 @@ def respond(
     if not questions:
         return []
     seeds = [rollout_seed(run_seed, question.prompt.id, EVALUATION, question.sample) for question in questions]
-    requests = [Request(question.prompt.token_ids, seed) for question, seed in zip(questions, seeds, strict=True)]
+    requests = [
+        Request(question.prompt.token_ids, seed, question.prompt.images)
+        for question, seed in zip(questions, seeds, strict=True)
+    ]
     completions = engine.generate(requests, exam.sampling)
     texts = [decode(completion.response_ids.tolist()) for completion in completions]
     lengths = [len(completion.response_ids) for completion in completions]

@@ -79,12 +79,17 @@ def run(request: EvalRequest) -> dict[str, Any]:
         _check_samples(request, benchmarks)
         problems = [load_problems(benchmark, request.data_dir) for benchmark in benchmarks]
         subject = find_subject(
-            request.model, request.adapter, revision=request.revision, dtype=request.dtype, engine=request.engine
+            request.model,
+            request.adapter,
+            revision=request.revision,
+            dtype=request.dtype,
+            engine=request.engine,
+            with_images=any(prompt.images for found in problems for prompt in found.prompts),
         )
         if request.chat == "always" and not subject.tokenizer.chat_template:
             raise ValueError(f"--chat always: the tokenizer of {request.model} has no chat template")
         exams = [
-            benchmark_exam(*pair, subject.tokenizer, grader, request.overrides, request.chat)
+            benchmark_exam(*pair, subject.tokenizer, grader, request.overrides, request.chat, subject.processor)
             for pair in zip(benchmarks, problems, strict=True)
         ]
         check_context(exams, subject.context, "--max-tokens")

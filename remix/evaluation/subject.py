@@ -19,7 +19,15 @@ from remix.config import ModelConfig
 from remix.models import files
 from remix.models.adapter_files import VIRTUAL, check_base, kind_of, read_config, virtual_tokens
 from remix.models.adapters import checkpoint_weights, with_saved_adapter
-from remix.models.loading import context_length, eos_token_ids, load_lm, load_tokenizer
+from remix.models.loading import (
+    context_length,
+    eos_token_ids,
+    load_lm,
+    load_processor,
+    load_tokenizer,
+    placeholder_ids,
+)
+from remix.models.vision import Vision
 from remix.training.refusals import check_model_directory
 from remix.types import Engine
 
@@ -41,6 +49,8 @@ class Subject:
     adapter_folder: Path | None
     dtype: Dtype
     tokenizer: Any
+    processor: Any | None
+    """Of a vision-language model."""
     context: int | None
     """Most tokens of a prompt and its response together, an adapter's virtual ones left out."""
 
@@ -56,6 +66,8 @@ class Subject:
             "config": files.fingerprint(self.folder, ["config.json", "generation_config.json"]),
             "tokenizer": files.fingerprint(self.folder, files.TOKENIZER_FILES),
         }
+        if self.processor is not None:
+            found["processor"] = files.fingerprint(self.folder, files.PROCESSOR_FILES)
         if self.adapter_folder is not None:
             found["adapter"] = files.fingerprint(self.adapter_folder, files.ADAPTER_FILES)
         return found
@@ -82,12 +94,15 @@ class Subject:
             from remix.rollout.hf import HFEngine
 
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            lm = self._load()
             return HFEngine(
-                self._load().to(device).eval(),
+                lm.to(device).eval(),
                 eos_token_ids=eos_token_ids(self.config, self.tokenizer),
                 batch_size=batch_size,
                 device=device,
                 autocast=nullcontext,
+                never=placeholder_ids(lm.config),
+                vision=None if self.processor is None else Vision(self.processor, lm),
             )
         from remix.rollout.vllm import VLLMEngine
 
@@ -116,8 +131,12 @@ def find_subject(
     revision: str | None = None,
     dtype: Dtype | None = None,
     engine: EngineName = "hf",
+    with_images: bool = False,
 ) -> Subject:
-    """Raises ValueError with the remedy where model or adapter cannot be had, or do not belong together."""
+    """`with_images`: it will be shown some.
+
+    Raises ValueError with the remedy where model or adapter cannot be had, or do not belong together.
+    """
     folder = files.find(model, revision, files.MODEL_FILES, "--model")
     if not (folder / "config.json").exists() and (folder / files.ADAPTER_CONFIG).exists():
         base = read_config(folder, f"--model {model}").get("base_model_name_or_path") or "its base model"
@@ -137,14 +156,15 @@ def find_subject(
     except ValueError as error:
         raise ValueError(f"--model {error}") from None
     config = ModelConfig(path=str(folder))
-    context = context_length(config)
+    context, processor = context_length(config), load_processor(config, needed=with_images)
     return Subject(
         model=model,
         adapter=adapter,
         folder=folder,
         adapter_folder=adapter_folder,
         dtype=dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
-        tokenizer=load_tokenizer(config),
+        tokenizer=load_tokenizer(config, processor),
+        processor=processor,
         context=None if context is None else context - ahead,
     )
 

@@ -7,6 +7,8 @@ Shapes: B sequences, S tokens, T = S - 1 predictions, N trained tokens of the mi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from remix.algorithms import entropy as entropy_of
 from remix.algorithms import kl_full
 from remix.models.adapters import backbone_inputs, output_head
+
+_NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class AnchorStates(NamedTuple):
@@ -52,8 +56,12 @@ class ActorCritic(nn.Module):
         detach_value: bool = False,
         logits_chunk: int = 2048,
         autocast: torch.dtype | None = None,
+        never: Sequence[int] = (),
     ) -> None:
-        """`critic` is a backbone of its own for the value head; without it the head sits on the policy's."""
+        """`critic` is a backbone of its own for the value head; without it the head sits on the policy's.
+
+        `never`: tokens that the policy has no probability for, such as those that hold an image's place.
+        """
         super().__init__()
         self.lm = lm
         self.value_head = value_head
@@ -61,6 +69,7 @@ class ActorCritic(nn.Module):
         self.detach_value = detach_value
         self.logits_chunk = logits_chunk
         self.autocast_dtype = autocast
+        self.never = tuple(never)
 
     def forward(
         self,
@@ -69,13 +78,15 @@ class ActorCritic(nn.Module):
         temperature: float,
         anchors: tuple[AnchorStates, ...] = (),
         with_values: bool = True,
+        multimodal: Mapping[str, Tensor] = _NOTHING,
     ) -> PolicyOutput:
+        """`multimodal`: further inputs of the model and the critic, by argument."""
         with self.autocast(input_ids_BS.device):
-            hidden_NH, labels_N = self._select(input_ids_BS, response_mask_BT)
+            hidden_NH, labels_N = self._select(input_ids_BS, response_mask_BT, multimodal)
             stats = self._token_stats(hidden_NH, labels_N, temperature, anchors)
             values_N = None
             if with_values and self.value_head is not None:
-                values_N = self._values(hidden_NH, input_ids_BS, response_mask_BT)
+                values_N = self._values(hidden_NH, input_ids_BS, response_mask_BT, multimodal)
 
         def scatter(per_token_N: Tensor) -> Tensor:
             full = per_token_N.new_zeros(response_mask_BT.shape, dtype=torch.float32)
@@ -84,10 +95,12 @@ class ActorCritic(nn.Module):
         logprobs, entropy, *divergences = (scatter(stat) for stat in stats)
         return PolicyOutput(logprobs, entropy, None if values_N is None else scatter(values_N), tuple(divergences))
 
-    def states(self, input_ids_BS: Tensor, response_mask_BT: Tensor) -> AnchorStates:
+    def states(
+        self, input_ids_BS: Tensor, response_mask_BT: Tensor, multimodal: Mapping[str, Tensor] = _NOTHING
+    ) -> AnchorStates:
         """Hidden states and head of this policy, when it serves as an anchor."""
         with self.autocast(input_ids_BS.device):
-            hidden_NH, _ = self._select(input_ids_BS, response_mask_BT)
+            hidden_NH, _ = self._select(input_ids_BS, response_mask_BT, multimodal)
         return AnchorStates(hidden_NH, self._head().weight)
 
     @property
@@ -106,18 +119,20 @@ class ActorCritic(nn.Module):
     def _head(self) -> nn.Linear:
         return output_head(self._base().get_output_embeddings())
 
-    def _select(self, input_ids_BS: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, input_ids_BS: Tensor, mask_BT: Tensor, multimodal: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Final hidden states [N, H] and the tokens [N] that follow them, at the masked positions only."""
         base = self._base()
         backbone = getattr(base, base.base_model_prefix)
         inputs, ahead = backbone_inputs(self.lm, input_ids_BS)
-        hidden_BSH = backbone(**inputs, use_cache=False)[0][:, ahead:]
+        hidden_BSH = backbone(**inputs, use_cache=False, **multimodal)[0][:, ahead:]
         return hidden_BSH[:, :-1][mask_BT], input_ids_BS[:, 1:][mask_BT]
 
-    def _values(self, hidden_NH: Tensor, input_ids_BS: Tensor, mask_BT: Tensor) -> Tensor:
+    def _values(
+        self, hidden_NH: Tensor, input_ids_BS: Tensor, mask_BT: Tensor, multimodal: Mapping[str, Tensor]
+    ) -> Tensor:
         assert self.value_head is not None
         if self.critic is not None:
-            hidden_BSH = self.critic(input_ids=input_ids_BS, use_cache=False)[0]
+            hidden_BSH = self.critic(input_ids=input_ids_BS, use_cache=False, **multimodal)[0]
             hidden_NH = hidden_BSH[:, :-1][mask_BT]
         elif self.detach_value:
             hidden_NH = hidden_NH.detach()
@@ -128,12 +143,15 @@ class ActorCritic(nn.Module):
         self, hidden_NH: Tensor, labels_N: Tensor, temperature: float, anchors: tuple[AnchorStates, ...]
     ) -> list[Tensor]:
         """[N] log-prob, entropy, and KL to each anchor. Logits exist for one chunk of tokens at a time."""
-        head, softcap = self._head(), getattr(self._base().config, "final_logit_softcapping", None)
+        head, softcap = self._head(), getattr(self._base().config.get_text_config(), "final_logit_softcapping", None)
+        never = [token for token in self.never if token < head.weight.shape[0]]
 
         def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             logits = nn.functional.linear(hidden, weight, bias).float()
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
+            if never:
+                logits = logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf)
             return logits / temperature
 
         def of_chunk(hidden: Tensor, labels: Tensor, *anchor_hidden: Tensor) -> tuple[Tensor, ...]:

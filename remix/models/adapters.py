@@ -284,8 +284,11 @@ def _adapter_layers(lm: Any) -> list[Any]:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def save_model(lm: Any, tokenizer: Any, folder: Path, *, base_changed: bool) -> None:
-    """A standard checkpoint, or a standard PEFT adapter where the base weights are still the base model's own."""
+def save_model(lm: Any, reader: Any, folder: Path, *, base_changed: bool) -> None:
+    """A standard checkpoint, or a standard PEFT adapter where the base weights are still the base model's own.
+
+    `reader`: the model's tokenizer, or the processor that holds it.
+    """
     if hasattr(lm, "get_base_model") and base_changed:
         lm.get_base_model().save_pretrained(folder, state_dict=dict(checkpoint_weights(lm)))
     elif hasattr(lm, "get_base_model"):
@@ -295,7 +298,7 @@ def save_model(lm: Any, tokenizer: Any, folder: Path, *, base_changed: bool) -> 
         _check_saved(lm, folder)
     else:
         lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    reader.save_pretrained(folder)
 
 
 _SETS = ("target_modules", "exclude_modules", "feedforward_modules")

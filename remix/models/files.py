@@ -17,6 +17,8 @@ MODEL_FILES = (*SMALL_FILES, "*.safetensors")
 ADAPTER_FILES = ("adapter_*.json", "adapter_*.safetensors")
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*")
 """What text becomes as token ids, and back."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""What images become as pixels."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import logging
 
 from remix.config import ModelConfig, Recipe, SeparateCritic
@@ -17,13 +27,17 @@ from remix.models.actor_critic import ActorCritic
 from remix.models.adapters import add_adapter, backbone_inputs
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """Raises ValueError where there is none, or none that matches."""
+def load_tokenizer(config: ModelConfig, processor: Any = None) -> Any:
+    """The processor's own where there is one. Raises ValueError where there is none, or none that matches."""
     # First, since without the files transformers tries for a minute.
     files.find(config.path, config.revision, files.SMALL_FILES, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        tokenizer = (
+            AutoTokenizer.from_pretrained(
+                config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+            if processor is None
+            else processor.tokenizer
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_not_found(config, "tokenizer", error)) from error
@@ -32,6 +46,54 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_processor(config: ModelConfig, *, needed: bool) -> Any | None:
+    """What a vision-language model reads images by; None for a text model, and where it is neither there nor needed.
+
+    Raises ValueError where images are `needed` and the model cannot have them.
+    """
+    files.find(config.path, config.revision, files.SMALL_FILES, "model")
+    if not sees_images(config):
+        if needed:
+            raise ValueError(
+                f"model {config.path}: a text model, and the task has images: choose a vision-language model (of "
+                "transformers' AutoModelForImageTextToText), or a task without images"
+            )
+        return None
+    why = "there is none"
+    try:
+        processor = AutoProcessor.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        if None not in (getattr(processor, name, None) for name in ("image_processor", "tokenizer")):
+            # Text and conversations are written by one template, whichever of the two has it.
+            template = processor.chat_template or processor.tokenizer.chat_template
+            processor.chat_template = processor.tokenizer.chat_template = template
+            return processor
+        why = f"{type(processor).__name__} has no image processor"
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        why = first_line(error)
+    if needed:
+        raise ValueError(
+            f"model {config.path}: no processor that reads images ({why}): save the model's own beside it "
+            "(AutoProcessor, save_pretrained), and install what it needs"
+        )
+    return None
+
+
+def sees_images(config: ModelConfig) -> bool:
+    """Whether it is loaded as a vision-language model."""
+    kind = type(_whole_config(config))
+    # Some text models are of a kind that is in both tables.
+    both = kind in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(_whole_config(config), "vision_config")
+    return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not both
+
+
+def placeholder_ids(config: Any) -> tuple[int, ...]:
+    """Tokens of a model's config that stand for images and the like. No policy writes them: what would be there?"""
+    named = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
+    return tuple(sorted({token for token in named if token is not None}))
 
 
 def quiet() -> None:
@@ -47,7 +109,7 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
     # Weights that are trained stay in float32: bfloat16 swallows updates of 1e-6.
     frozen_base = recipe.adapter.type != "none"
     lm = load_lm(config, tokenizer, dtype=compute if frozen_base else torch.float32)
-    hidden_size = lm.config.get_text_config().hidden_size
+    hidden_size, never = lm.config.get_text_config().hidden_size, placeholder_ids(lm.config)
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if frozen_base:
@@ -68,7 +130,7 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
             critic = _load(AutoModel, source, dtype=torch.float32)
             if config.gradient_checkpointing:
                 critic.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            value_head = value_head if path == config.path else _zero_head(critic.config.hidden_size)
+            value_head = value_head if path == config.path else _zero_head(critic.config.get_text_config().hidden_size)
     module = ActorCritic(
         lm,
         value_head=value_head,
@@ -76,6 +138,7 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
         detach_value=recipe.critic is not None and getattr(recipe.critic, "detach", False),
         logits_chunk=config.logits_chunk,
         autocast=None if compute == torch.float32 else compute,
+        never=never,
     ).to(device)
     _check_logprobs(module, config)
     return module
@@ -86,12 +149,14 @@ def _check_logprobs(module: ActorCritic, config: ModelConfig) -> None:
     """The log-probs that are trained on must be those of the model's own logits, which some families scale."""
     module.eval()
     device = next(module.lm.parameters()).device
-    ids_BS = torch.arange(8, device=device)[None] % module.lm.config.get_text_config().vocab_size
+    tokens = [token for token in range(module.lm.config.get_text_config().vocab_size) if token not in module.never]
+    ids_BS = torch.tensor((tokens * 8)[:8], device=device)[None]
     ours = module(ids_BS, torch.ones_like(ids_BS[:, 1:], dtype=torch.bool), 1.0, with_values=False).logprobs
     with module.autocast(device):
         lm = module.lm.get_base_model() if hasattr(module.lm, "get_base_model") else module.lm
         inputs, ahead = backbone_inputs(module.lm, ids_BS)
         logits = lm(**inputs, use_cache=False).logits[:, ahead:-1].float()
+        logits[..., [token for token in module.never if token < logits.shape[-1]]] = -torch.inf
     theirs = logits.log_softmax(-1).gather(-1, ids_BS[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
     if worst > (1e-3 if config.dtype == "float32" else 0.1):
@@ -103,7 +168,7 @@ def _check_logprobs(module: ActorCritic, config: ModelConfig) -> None:
 
 def load_lm(config: ModelConfig, tokenizer: Any, dtype: torch.dtype) -> Any:
     """The language model by itself, in main memory. Raises ValueError."""
-    lm = _load(AutoModelForCausalLM, config, dtype)
+    lm = _load(AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM, config, dtype)
     _check_vocabulary(lm, tokenizer, config)
     eos = lm.generation_config.eos_token_id if lm.generation_config else None
     # Its own sampling settings (temperature, penalties) would quietly make the sampler another policy.
@@ -157,10 +222,15 @@ def _load(auto: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
 
 
 def _config(config: ModelConfig) -> Any:
+    """Of the language model alone."""
+    return _whole_config(config).get_text_config()
+
+
+def _whole_config(config: ModelConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        ).get_text_config()
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_not_found(config, "config.json", error)) from error
 

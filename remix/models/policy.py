@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
+from remix.models.vision import Vision
 from remix.types import Batch, Rollout
 
 Snapshot = dict[str, Tensor]
@@ -34,15 +35,30 @@ class TokenScores(NamedTuple):
 class Policy:
     """The trained module, unwrapped, with its tokenizer and its anchors."""
 
-    def __init__(self, module: ActorCritic, tokenizer: Any, *, device: torch.device, temperature: float) -> None:
+    def __init__(
+        self,
+        module: ActorCritic,
+        tokenizer: Any,
+        *,
+        device: torch.device,
+        temperature: float,
+        vision: Vision | None = None,
+    ) -> None:
+        """`vision`: what a vision-language model reads images by."""
         self.module = module
         self.tokenizer = tokenizer
+        self.vision = vision
         self.device = device
         self.temperature = temperature
         """Of sampling; the trainer's logits are divided by it too, or its log-probs would be another policy's."""
         self.reference: Snapshot | None = None
         self.precedent: Snapshot | None = None
         self._at_step_start: Snapshot | None = None
+
+    @property
+    def reader(self) -> Any:
+        """What makes the model's inputs of text and images; whoever is given the model needs it too."""
+        return self.tokenizer if self.vision is None else self.vision.processor
 
     # --- anchors ---
 
@@ -119,7 +135,7 @@ class Policy:
         for indices in microbatches([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], tokens_per_microbatch):
             chosen = [rollouts[i] for i in indices]
             inputs = tuple(tensor.to(self.device) for tensor in token_tensors(chosen))
-            arguments = (*inputs, self.temperature, (), with_values)
+            arguments = (*inputs, self.temperature, (), with_values, self.multimodal(chosen))
             output: PolicyOutput = (
                 functional_call(self.module, weights, arguments) if weights else self.module(*arguments)
             )
@@ -134,12 +150,20 @@ class Policy:
     @torch.no_grad()
     def anchor_states(self, batch: Batch, anchor: Snapshot) -> AnchorStates:
         """Hidden states and head of an anchor on a micro-batch, for the exact KL."""
-        inputs = (batch.input_ids, batch.response_mask)
+        inputs = (batch.input_ids, batch.response_mask, batch.multimodal)
         training = self.module.training
         self.module.eval()  # dropout would make the anchor another policy
         states: AnchorStates = functional_call(_States(self.module), self._on_device(anchor, "module."), inputs)
         self.module.train(training)
         return states
+
+    def multimodal(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+        """The further inputs of the model's forward on these sequences, padded on the right as `token_tensors` are."""
+        if self.vision is None:
+            return {}
+        prompts = [(rollout.prompt_ids.tolist(), rollout.images) for rollout in rollouts]
+        width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+        return {name: tensor.to(self.device) for name, tensor in self.vision.inputs(prompts, width).items()}
 
     def _on_device(self, anchor: Snapshot | None, prefix: str = "") -> Snapshot:
         return {prefix + name: tensor.to(self.device) for name, tensor in (anchor or {}).items()}
@@ -152,7 +176,7 @@ class _States(torch.nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: Tensor) -> AnchorStates:
+    def forward(self, *inputs: Any) -> AnchorStates:
         return self.module.states(*inputs)
 
 

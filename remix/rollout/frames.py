@@ -65,6 +65,7 @@ def pack_requests(requests: Sequence[Request], sampling: Sampling) -> bytes:
         "call": "generate",
         "lengths": [len(prompt) for prompt in prompts],
         "seeds": [request.seed for request in requests],
+        "images": [request.images for request in requests],
         "sampling": asdict(sampling),
     }
     ids = [token for prompt in prompts for token in prompt]
@@ -74,7 +75,10 @@ def pack_requests(requests: Sequence[Request], sampling: Sampling) -> bytes:
 def unpack_requests(message: Message) -> tuple[list[Request], Sampling]:
     plain = message.plain
     prompts = message.tensors["ids"].split(plain["lengths"])
-    requests = [Request(tuple(ids.tolist()), seed) for ids, seed in zip(prompts, plain["seeds"], strict=True)]
+    requests = [
+        Request(tuple(ids.tolist()), seed, tuple(images))
+        for ids, seed, images in zip(prompts, plain["seeds"], plain["images"], strict=True)
+    ]
     return requests, Sampling(**plain["sampling"])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from remix.models.adapters import generation_inputs
+from remix.models.vision import Vision
 from remix.types import Completion, Request, Sampling
 
 
@@ -23,14 +24,19 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
     handed back as the only finite score, for greedy search to pick up. Log-probs of the choices are kept.
     """
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
+    def __init__(
+        self, seeds: Sequence[int], sampling: Sampling, device: torch.device, never: Sequence[int] = ()
+    ) -> None:
+        """`never`: tokens without a probability."""
         self.sampling = sampling
+        self.never = list(never)
         draws = [np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens) for seed in seeds]
         self.uniforms_BR = torch.from_numpy(np.stack(draws)).to(device)
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = len(self.logprobs)
+        scores[:, self.never] = -torch.inf
         # Greedy log-probs are those at temperature 1: at 0 they would all be 0.
         logprobs_BV = (scores.float() / (self.sampling.temperature or 1.0)).log_softmax(-1)
         if self.sampling.temperature == 0:
@@ -70,8 +76,12 @@ class HFEngine:
         batch_size: int,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
+        never: Sequence[int] = (),
+        vision: Vision | None = None,
     ) -> None:
+        """`never`: tokens that are not drawn; `vision`: what a vision-language model reads images by."""
         self.lm = lm
+        self.never, self.vision = never, vision
         self.batch_size = batch_size
         self.device = device
         self.autocast = autocast
@@ -106,7 +116,9 @@ class HFEngine:
         for row, request in enumerate(requests):
             ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
-        sampler = SeededSampler([request.seed for request in requests], sampling, self.device)
+        sampler = SeededSampler([request.seed for request in requests], sampling, self.device, self.never)
+        prompts = [(request.prompt_ids, request.images) for request in requests]
+        seen = {} if self.vision is None else self.vision.inputs(prompts, width, on_the_left=True)
         config = GenerationConfig(
             max_new_tokens=sampling.max_tokens,
             do_sample=False,
@@ -116,6 +128,7 @@ class HFEngine:
         )
         with self.autocast():
             lm, inputs, old = generation_inputs(self.lm, ids.to(self.device), mask.to(self.device))
+            inputs |= {name: tensor.to(self.device) for name, tensor in seen.items()}
             answer = lm.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([sampler]))
         tokens_BR = answer[:, old:].cpu()
         logprobs_BR = torch.stack(sampler.logprobs, -1).cpu()

@@ -46,7 +46,7 @@ class Sampler:
     ) -> list[RolloutGroup]:
         """`group_size` scored responses to each prompt by policy `version`, in the order of the prompts."""
         requests = [
-            Request(prompt.token_ids, rollout_seed(self.run_seed, prompt.id, version, index))
+            Request(prompt.token_ids, rollout_seed(self.run_seed, prompt.id, version, index), prompt.images)
             for prompt in prompts
             for index in range(group_size)
         ]
@@ -67,6 +67,7 @@ class Sampler:
                 seed=request.seed,
                 text=text,
                 score=score,
+                images=request.images,
             )
             for request, completion, text, score in zip(requests, completions, texts, scores, strict=True)
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from remix.config import HubTask, JsonlTask
@@ -36,8 +37,9 @@ def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> l
         origins[identity] = where
         content = _content(row, config.problem, where)
         solution = "" if config.solution is None else text(row, "solution", config.solution, where)
+        images = () if isinstance(config, HubTask) else _images(row, config, where)
         answer = text(row, "answer", config.answer, where)
-        prompts.append(Prompt(identity, content, answer, task, solution=solution))
+        prompts.append(Prompt(identity, content, answer, task, images=images, solution=solution))
     return prompts
 
 
@@ -101,6 +103,22 @@ def _content(row: Mapping[str, Any], column: str, where: str) -> str | tuple[Mes
     if isinstance(value, list) and value and all(_is_turn(turn) for turn in value):
         return tuple({"role": turn["role"], "content": turn["content"]} for turn in value)
     return text(row, "problem", column, where)
+
+
+def _images(row: Mapping[str, Any], config: JsonlTask, where: str) -> tuple[str, ...]:
+    """Paths, as they are opened from the working directory."""
+    if config.images is None:
+        return ()
+    found = cell(row, "images", config.images, where)
+    paths = [] if is_empty(found) else found if isinstance(found, list) else [found]
+    odd = next((path for path in paths if not isinstance(path, str) or not path.strip()), None)
+    if odd is not None:
+        raise ValueError(
+            f"{where}: the images (column '{config.images}') hold {quotable(repr(odd))}, which is no path; write one "
+            "path, or a list of them"
+        )
+    folder = Path(where.rpartition(":")[0]).parent
+    return tuple(str(folder / path) for path in paths)
 
 
 def _is_turn(turn: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,8 +12,13 @@ from remix.models.policy import token_tensors
 from remix.types import Batch, Sample
 
 
-def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
-    """[R] tensors of each sample into right-padded [B, T], zero outside the response."""
+def collate(
+    samples: Sequence[Sample], device: torch.device, multimodal: Mapping[str, Tensor] = MappingProxyType({})
+) -> Batch:
+    """[R] tensors of each sample into right-padded [B, T], zero outside the response.
+
+    `multimodal`: the further inputs of the model's forward on these sequences, as `Policy.multimodal` makes them.
+    """
     input_ids, response_mask = token_tensors([sample.rollout for sample in samples])
 
     def scattered(field: Callable[[Sample], Tensor | None]) -> Tensor | None:
@@ -42,4 +48,5 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
         precedent_logprobs=scattered(lambda s: s.precedent_logprobs),
         values=scattered(lambda s: s.values),
         returns=scattered(lambda s: s.returns),
+        multimodal=multimodal,
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
@@ -14,8 +14,9 @@ from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
 from remix.merging.continual import Alignment, saved_snapshot
 from remix.models.adapters import adapter_config, engine_weights, trained_share
-from remix.models.loading import load_actor_critic, load_tokenizer
+from remix.models.loading import load_actor_critic, load_processor, load_tokenizer
 from remix.models.policy import Policy
+from remix.models.vision import Vision
 from remix.replay import ReplayBuffer, remove_shards
 from remix.rewards import RewardSuite
 from remix.rollout.demonstrate import Demonstrations
@@ -29,10 +30,13 @@ from remix.training.experience import Experience
 from remix.training.interruption import Interruption
 from remix.training.loop import Trainer
 from remix.training.objective import Objective
-from remix.training.probe import SyncProbe
+from remix.training.probe import SyncProbe, check_images
 from remix.training.state import TrainState, check_same_run, from_checkpoint, moved_on, run_identity
 from remix.training.update import Updater
-from remix.types import Engine
+from remix.types import Engine, Prompt
+
+if TYPE_CHECKING:
+    from remix.rollout.hf import HFEngine
 
 
 @contextmanager
@@ -53,16 +57,22 @@ def open_trainer(
     run_dir = Path(recipe.run_dir)
     cluster.check_alike("the recipe", dump_recipe(recipe))
     checkpoint.seed_generators(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
-    tokenizer = load_tokenizer(recipe.model)
-    train = _encoded(load_tasks(recipe.tasks, "train"), recipe, tokenizer)
+    train = load_tasks(recipe.tasks, "train")
     asked = () if recipe.eval.benchmarks else recipe.eval.tasks or recipe.tasks
-    held_out = _encoded(load_tasks(asked, "test"), recipe, tokenizer) if asked else []
+    held_out = load_tasks(asked, "test") if asked else []
+    processor = load_processor(recipe.model, needed=any(prompt.images for prompt in _prompts([train, held_out])))
+    tokenizer = load_tokenizer(recipe.model, processor)
+    train, held_out = (_encoded(sets, recipe, tokenizer, processor) for sets in (train, held_out))
     for task in train:
         if task.excluded:
             progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
     module = load_actor_critic(recipe, tokenizer, cluster.device)
     progress.message(f"trains {trained_share(module.lm)}")
-    policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
+    vision = None if processor is None else Vision(processor, module.lm)
+    policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature, vision=vision)
+    seen = next((prompt for prompt in _prompts([train, held_out]) if prompt.images), None)
+    if seen is not None:
+        check_images(recipe, policy, _hf_engine(policy, batch_size=1), seen)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
     identity = run_identity(policy, train)
@@ -85,7 +95,7 @@ def open_trainer(
             _tell_resumed(state, changes, moved_on(saved, cluster.world_size), progress)
         cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
-        exams = build_exams(recipe, tokenizer, held_out, rewards, stack)
+        exams = build_exams(recipe, policy, held_out, rewards, stack)
         engine = build_engine(recipe, policy, exams, progress.message)
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
@@ -145,8 +155,26 @@ def _open_log(recipe: Recipe, state: TrainState, *, enabled: bool) -> RunLog:
     return log
 
 
-def _encoded(sets: Sequence[TaskSet], recipe: Recipe, tokenizer: Any) -> list[TaskSet]:
-    return [replace(task, prompts=tuple(encode(task.prompts, tokenizer, recipe.prompt))) for task in sets]
+def _encoded(tasks: Sequence[TaskSet], recipe: Recipe, tokenizer: Any, processor: Any) -> list[TaskSet]:
+    return [replace(task, prompts=tuple(encode(task.prompts, tokenizer, recipe.prompt, processor))) for task in tasks]
+
+
+def _prompts(splits: Iterable[Sequence[TaskSet]]) -> Iterator[Prompt]:
+    return (prompt for tasks in splits for task in tasks for prompt in task.prompts)
+
+
+def _hf_engine(policy: Policy, batch_size: int) -> HFEngine:
+    from remix.rollout.hf import HFEngine
+
+    return HFEngine(
+        policy.module.lm,
+        eos_token_ids=policy.module.eos_token_ids,
+        batch_size=batch_size,
+        device=policy.device,
+        autocast=lambda: policy.module.autocast(policy.device),
+        never=policy.module.never,
+        vision=policy.vision,
+    )
 
 
 def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message: Callable[[str], None]) -> Engine:
@@ -156,15 +184,7 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
     """
     config = recipe.rollout.engine
     if isinstance(config, HFEngineConfig):
-        from remix.rollout.hf import HFEngine
-
-        return HFEngine(
-            policy.module.lm,
-            eos_token_ids=policy.module.eos_token_ids,
-            batch_size=config.batch_size,
-            device=policy.device,
-            autocast=lambda: policy.module.autocast(policy.device),
-        )
+        return _hf_engine(policy, config.batch_size)
     arguments: dict[str, Any] = {
         "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,

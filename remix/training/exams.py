@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from remix.config import Recipe
 from remix.evaluation.benchmarks import load_benchmarks, load_problems
@@ -14,6 +13,7 @@ from remix.evaluation.build import benchmark_exam, check_context, held_out_exam
 from remix.evaluation.exam import Exam
 from remix.evaluation.overrides import recipe_overrides
 from remix.models.loading import context_length
+from remix.models.policy import Policy
 from remix.rewards import GraderPool
 from remix.rollout.sample import Scorer
 from remix.tasks import TaskSet, eval_prompts
@@ -23,7 +23,7 @@ GRADER_WORKERS = 4
 
 
 def build_exams(
-    recipe: Recipe, tokenizer: Any, held_out: Sequence[TaskSet], rewards: Scorer, stack: ExitStack
+    recipe: Recipe, policy: Policy, held_out: Sequence[TaskSet], rewards: Scorer, stack: ExitStack
 ) -> list[Exam]:
     """The exams, encoded. What they keep open is closed by `stack`. Raises ValueError."""
     config, overrides = recipe.eval, recipe_overrides(recipe)
@@ -32,7 +32,13 @@ def build_exams(
         data_dir = None if config.data_dir is None else Path(config.data_dir)
         exams = [
             benchmark_exam(
-                benchmark, load_problems(benchmark, data_dir), tokenizer, grader, overrides, chat=recipe.prompt.chat
+                benchmark,
+                load_problems(benchmark, data_dir),
+                policy.tokenizer,
+                grader,
+                overrides,
+                chat=recipe.prompt.chat,
+                processor=None if policy.vision is None else policy.vision.processor,
             )
             for benchmark in load_benchmarks(config.benchmarks)
         ]

@@ -27,9 +27,9 @@ def finish(trainer: Trainer, recipe_path: str) -> dict[str, Any]:
     }
     if trainer.cluster.is_main:
         trainer.progress.stage("saving the model")
-        lm, tokenizer = trainer.policy.module.lm, trainer.policy.tokenizer
+        lm, reader = trainer.policy.module.lm, trainer.policy.reader
         with folder_written_whole(trainer.run_dir / "final") as final:
-            save_model(lm, tokenizer, final, base_changed=state.base_merged)
+            save_model(lm, reader, final, base_changed=state.base_merged)
             (final / "README.md").write_text(model_card(recipe, result), encoding="utf-8")
         write_json(trainer.run_dir / "result.json", result)
     trainer.cluster.barrier("saving the model")

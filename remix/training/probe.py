@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from remix.config import Recipe
-from remix.errors import TrainingError
+from remix.errors import TrainingError, first_line
 from remix.models.adapters import engine_weights
 from remix.models.policy import Policy
-from remix.types import Engine, Prompt, Request, Rollout, Sampling
+from remix.types import Completion, Engine, Prompt, Request, Rollout, Sampling
 
 PROBE_TOKENS = 16
 DEFAULT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
@@ -90,19 +90,42 @@ class SyncProbe:
 
     def _ask(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
         sampling = Sampling(max_tokens=PROBE_TOKENS, temperature=self.recipe.rollout.temperature)
-        requests = [Request(prompt.token_ids, seed) for seed, prompt in enumerate(prompts)]
-        return [
-            Rollout(
-                prompt_ids=torch.tensor(request.prompt_ids),
-                response_ids=completion.response_ids,
-                sampler_logprobs=completion.sampler_logprobs,
-                policy_version=-1,
-                finish_reason=completion.finish_reason,
-                seed=request.seed,
-                text="",
-            )
-            for request, completion in zip(requests, engine.generate(requests, sampling), strict=True)
-        ]
+        requests = [Request(prompt.token_ids, seed, prompt.images) for seed, prompt in enumerate(prompts)]
+        completions = engine.generate(requests, sampling)
+        return [_as_rollout(*pair) for pair in zip(requests, completions, strict=True)]
+
+
+def check_images(recipe: Recipe, policy: Policy, engine: Engine, prompt: Prompt) -> None:
+    """Whether the trainer sees the image of a prompt as the model's own generation (`engine`) does.
+
+    Raises ValueError before a run begins where a family's forward needs more than its processor gives.
+    """
+    kind = policy.module.lm.config.model_type
+    refused = f"model {recipe.model.path}: a model of type {kind} reads images in a way that is not supported"
+    remedy = "choose a model of another family"
+    request = Request(prompt.token_ids, 0, prompt.images)
+    try:
+        (completion,) = engine.generate([request], Sampling(4, recipe.rollout.temperature))
+        answer = _as_rollout(request, completion)
+        (score,) = policy.score([answer], tokens_per_microbatch=recipe.batch.tokens_per_microbatch)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{refused} ({first_line(error)}); {remedy}") from error
+    worst = (score.logprobs - completion.sampler_logprobs).abs().max().item()
+    if not worst <= DEFAULT_TOLERANCE[recipe.model.dtype] * 4:
+        raise ValueError(f"{refused} (log-probs differ by {worst:.2g} nats from its own generation's); {remedy}")
+
+
+def _as_rollout(request: Request, completion: Completion) -> Rollout:
+    return Rollout(
+        prompt_ids=torch.tensor(request.prompt_ids),
+        response_ids=completion.response_ids,
+        sampler_logprobs=completion.sampler_logprobs,
+        policy_version=-1,
+        finish_reason=completion.finish_reason,
+        seed=request.seed,
+        text="",
+        images=request.images,
+    )
 
 
 def _same(a: Sequence[Rollout], b: Sequence[Rollout]) -> bool:

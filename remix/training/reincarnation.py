@@ -53,7 +53,8 @@ def _merge(recipe: Recipe, policy: Policy) -> None:
 
 def _probe(policy: Policy) -> Rollout:
     """Tokens of every kind, as one sequence: any policy has log-probs of them."""
-    tokens = torch.arange(policy.module.lm.config.get_text_config().vocab_size)[:256]
+    tokens = torch.arange(policy.module.lm.config.get_text_config().vocab_size)
+    tokens = tokens[~torch.isin(tokens, torch.tensor(policy.module.never))][:256]
     return Rollout(
         prompt_ids=tokens[:1],
         response_ids=tokens[1:],

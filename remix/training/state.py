@@ -140,8 +140,13 @@ def run_identity(policy: Policy, tasks: Sequence[TaskSet]) -> dict[str, str]:
     frozen = [(name, p) for name, p in policy.module.named_parameters() if not p.requires_grad]
     return {
         "tokenizer": _hash([sorted(policy.tokenizer.get_vocab().items()), policy.tokenizer.chat_template]),
+        **({} if policy.vision is None else {"processor": _hash(policy.vision.processor.to_dict())}),
         "training prompts": _hash(
-            [(prompt.id, prompt.answer, prompt.token_ids) for t in tasks for prompt in t.prompts]
+            [
+                (prompt.id, prompt.answer, prompt.token_ids, *([prompt.images] if prompt.images else []))
+                for t in tasks
+                for prompt in t.prompts
+            ]
         ),
         FROZEN: _hash(
             [(name, parameter.dtype, torch.hash_tensor(parameter.detach()).item()) for name, parameter in frozen]
@@ -160,7 +165,7 @@ def check_same_run(saved: Checkpoint, recipe: Recipe, identity: Mapping[str, str
             f"the recipe is not the one that the run was begun with: {'; '.join(changes)}. "
             "Put them back, or add --allow-changed to go on all the same"
         )
-    odd = [name for name, value in saved.state["identity"].items() if identity[name] != value]
+    odd = [name for name, value in saved.state["identity"].items() if identity.get(name) != value]
     if odd:
         raise ValueError(
             f"the {' and the '.join(odd)} are not those that the run was begun with: put back the same model and "

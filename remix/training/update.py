@@ -98,7 +98,9 @@ class Updater:
         )
         terms: dict[str, float] = {}
         for number, indices in enumerate(groups):
-            batch = collate([share[i] for i in indices], self.policy.device)
+            chosen = [share[i] for i in indices]
+            multimodal = self.policy.multimodal([sample.rollout for sample in chosen])
+            batch = collate(chosen, self.policy.device, multimodal)
             with self.cluster.accumulate(self.model, last=number == len(groups) - 1):
                 output = self._loss(batch, kl_lambda=kl_lambda, denominator=denominator)
                 self.cluster.backward(output.loss * weight)
@@ -112,7 +114,11 @@ class Updater:
     def _loss(self, batch: Batch, *, kl_lambda: float, denominator: float) -> LossOutput:
         anchors = self._anchor_states(batch)
         output: PolicyOutput = self.model(
-            batch.input_ids, batch.response_mask, self.policy.temperature, tuple(anchors.values())
+            batch.input_ids,
+            batch.response_mask,
+            self.policy.temperature,
+            tuple(anchors.values()),
+            multimodal=batch.multimodal,
         )
         divergences = dict(zip(anchors, output.divergences, strict=True))
         inputs = LossInputs(
