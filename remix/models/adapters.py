@@ -351,6 +351,12 @@ def with_saved_adapter(lm: Any, folder: Path) -> Any:
     return adapted if kind in VIRTUAL else adapted.merge_and_unload()
 
 
+def load_adapter(lm: Any, folder: Path) -> None:
+    """A saved adapter of the same kind and shape in place of the model's own. Raises ValueError."""
+    _, weights = _read(folder, f"the adapter {folder}")
+    _put(lm, weights, f"the adapter {folder} is not of this model's kind and shape")
+
+
 def _read(folder: Path, what: str) -> tuple[Any, dict[str, Tensor]]:
     """Configuration and weights of a saved adapter. Raises ValueError."""
     from peft import PeftConfig, load_peft_weights
