@@ -108,7 +108,7 @@ def run(
     make_plans(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     _check_run_dir(Path(recipe.run_dir), resume=resume)
     quiet()
-    with Cluster(recipe.log.trackers, rank_timeout=recipe.faults.rank_timeout) as cluster:
+    with Cluster(recipe.log.trackers, Path(recipe.run_dir), rank_timeout=recipe.faults.rank_timeout) as cluster:
         interruption.gone = cluster.gone
         learn = _one_task if recipe.continual is None else _one_after_the_other
         return learn(

@@ -29,6 +29,7 @@ FLOORS = {
     "remix.merging.lora": 1,
     "remix.models": 3,
     "remix.merging": 3,
+    "remix.merging.continual": 4,
     "remix.rollout": 3,
     "remix.checkpoint": 3,
     "remix.tracking": 3,

@@ -140,7 +140,7 @@ def opened(recipe: Recipe, *, resume: bool = False) -> Iterator[Any]:
 
     progress = Progress("test", recipe.run_dir, recipe.last_step, enabled=False)
     with (
-        Cluster(recipe.log.trackers) as cluster,
+        Cluster(recipe.log.trackers, Path(recipe.run_dir)) as cluster,
         progress,
         open_trainer(recipe, cluster, progress, resume=resume) as trainer,
     ):

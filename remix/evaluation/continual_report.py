@@ -87,7 +87,7 @@ def draw_matrix(record: Record, path: Path) -> None:
 
     tasks, base = record.order, [record.base[task] for task in record.order]
     matrix = [base, *record.matrix]
-    with mpl.rc_context({"font.size": 9}):
+    with mpl.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(4.2 + 1.1 * len(tasks), 1.6 + 0.45 * (len(tasks) + 1)), dpi=150, layout="constrained")
         heat, curves = figure.subplots(1, 2, width_ratios=(len(tasks), 6))
         heat.imshow(matrix, vmin=0, vmax=1, cmap="Blues", aspect="auto")

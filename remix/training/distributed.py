@@ -46,12 +46,16 @@ def stay_on_this_machine() -> None:
 class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
 
-    def __init__(self, trackers: Sequence[str] = (), *, rank_timeout: float = 900.0) -> None:
-        """`rank_timeout`: seconds that ranks wait for one that does not come."""
+    def __init__(
+        self, trackers: Sequence[str] = (), project_dir: Path | None = None, *, rank_timeout: float = 900.0
+    ) -> None:
+        """`project_dir`: where trackers write that write files. `rank_timeout`: seconds that ranks wait for one that
+        does not come."""
         stay_on_this_machine()
         # Accumulation is ours, by token count; left to accelerate, an environment variable would divide gradients.
         self.accelerator = Accelerator(
             log_with=list(trackers) or None,
+            project_dir=project_dir,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             # The watchdog comes first, since it knows the name of the rank that is missing.
             kwargs_handlers=[

@@ -109,7 +109,7 @@ def test_what_lies_beyond_the_checkpoint_is_done_again(tiny_model: Path, tmp_pat
     assert [path.name for path in saved(tmp_path / "killed")] == ["step=000002"]
     with opened(recipe, resume=True) as trainer:
         assert trainer.state.step == 2
-        trainer.state.base_pass_at_1 = 0.0
+        trainer.state.base_evaluation = {"eval/pass@1": 0.0}
         trainer.fit()
         again = weights_of(trainer)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
