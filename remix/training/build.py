@@ -58,7 +58,8 @@ def open_trainer(
         if task.excluded:
             progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
     module = load_actor_critic(recipe, tokenizer, cluster.device)
-    progress.message(f"trains {trained_share(module.lm)}")
+    share = trained_share(module.lm)
+    progress.message(f"trains {share}")
     policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
@@ -86,7 +87,8 @@ def open_trainer(
         engine = build_engine(recipe, policy, exams, progress.message)
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
-        cluster.start_trackers(recipe.model_dump(mode="json"), read_metrics(run_dir) if cluster.is_main else [])
+        plain = recipe.model_dump(mode="json") | {"trained_parameters": share.trained, "trained_share": share.share}
+        cluster.start_trackers(plain, read_metrics(run_dir) if cluster.is_main else [])
         yield Trainer(
             recipe=recipe,
             run_dir=run_dir,

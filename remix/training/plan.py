@@ -13,8 +13,8 @@ from pathlib import Path
 
 from remix.config import (
     HubTask,
-    KLBudgetTrigger,
     IA3Adapter,
+    KLBudgetTrigger,
     LayersAdapter,
     LengthDropTrigger,
     LoraAdapter,
