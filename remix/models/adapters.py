@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,9 @@ def add_adapter(lm: Any, config: AdapterConfig) -> Any:
     trained = trained_layers(lm, config) if isinstance(config, LayersAdapter) else {}
     key = f"adapter.targets {config.targets}" if isinstance(config, LoraAdapter | IA3Adapter) else "adapter"
     try:
-        adapted = get_peft_model(lm, _peft_config(config, list(trained)), adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")  # of norms, whose widths PEFT does not need
+            adapted = get_peft_model(lm, _peft_config(config, list(trained)), adapter_name=ADAPTER)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{key}: {error}") from error
     if isinstance(config, LayersAdapter):
@@ -344,7 +347,9 @@ def with_saved_adapter(lm: Any, folder: Path) -> Any:
         config.num_layers = config.token_dim = config.num_attention_heads = config.num_transformer_submodules = None
     wrong = f"the adapter {folder} does not fit this model, so it was trained on another"
     try:
-        adapted = PeftModel(lm, config, adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            adapted = PeftModel(lm, config, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError) as error:  # no such layers
         raise ValueError(f"{wrong}: {first_line(error)}") from error
     _put(adapted, weights, wrong)

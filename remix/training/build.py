@@ -67,7 +67,8 @@ def open_trainer(
         if task.excluded:
             progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
     module = load_actor_critic(recipe, tokenizer, cluster.device)
-    progress.message(f"trains {trained_share(module.lm)}")
+    share = trained_share(module.lm)
+    progress.message(f"trains {share}")
     vision = None if processor is None else Vision(processor, module.lm)
     policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature, vision=vision)
     seen = next((prompt for prompt in _prompts([train, held_out]) if prompt.images), None)
@@ -100,8 +101,8 @@ def open_trainer(
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
         stack.callback(cluster.stop_trackers)
-        rows = read_metrics(run_dir) if cluster.is_main else []
-        cluster.start_trackers(run_dir, recipe.model_dump(mode="json"), rows)
+        plain = recipe.model_dump(mode="json") | {"trained_parameters": share.trained, "trained_share": share.share}
+        cluster.start_trackers(run_dir, plain, read_metrics(run_dir) if cluster.is_main else [])
         yield Trainer(
             recipe=recipe,
             run_dir=run_dir,
