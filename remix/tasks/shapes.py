@@ -251,7 +251,7 @@ def _several(rng: random.Random, fewest: int) -> tuple[int, list[Figure], str]:
     cells = rng.sample(range(9), number)
     centres = [(5 + 10 * (cell % 3) + rng.randint(-1, 1), 5 + 10 * (cell // 3) + rng.randint(-1, 1)) for cell in cells]
     colours = [odd if number >= 3 and place == 0 else common for place in range(number)]
-    figures = [Figure(shape, colour, x, y, 4) for colour, (x, y) in zip(colours, centres, strict=True)]
+    figures = [Figure(shape, colour, x, y, 3) for colour, (x, y) in zip(colours, centres, strict=True)]
     return rng.choice(BACKGROUNDS), figures, odd
 
 
