@@ -37,6 +37,7 @@ from remix.config.data import (
     PromptConfig,
     PythonReward,
     RewardConfig,
+    ShapesTask,
     TaskConfig,
 )
 from remix.config.model import LoraAdapter, ModelConfig, ModelSize, NoAdapter, SeparateCritic, SharedCritic
@@ -88,6 +89,7 @@ __all__ = [
     "RolloutConfig",
     "RolloutsTrigger",
     "SeparateCritic",
+    "ShapesTask",
     "SharedCritic",
     "StepsTrigger",
     "TaskConfig",

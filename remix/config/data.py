@@ -27,6 +27,19 @@ class ArithmeticTask(TaskBlock):
     seed: NonNegativeInt = 0
 
 
+ShapesKind = Literal["colour", "shape", "where", "point", "bigger", "smaller", "left", "odd", "count", "digit"]
+
+
+class ShapesTask(TaskBlock):
+    """Questions about drawn pictures of 32 x 32 pixels; held-out pictures are disjoint by construction."""
+
+    type: Literal["shapes"] = "shapes"
+    kind: ShapesKind
+    """Also the task's name."""
+    size: PositiveInt = 4096
+    seed: NonNegativeInt = 0
+
+
 class DataTask(TaskBlock):
     """What data sets have in common, wherever they lie."""
 
@@ -77,7 +90,7 @@ class HubTask(DataTask):
     limit: PositiveInt | None = None
 
 
-TaskConfig = Annotated[ArithmeticTask | JsonlTask | HubTask, Field(discriminator="type")]
+TaskConfig = Annotated[ArithmeticTask | ShapesTask | JsonlTask | HubTask, Field(discriminator="type")]
 
 
 class PromptConfig(Block):

@@ -14,12 +14,13 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from remix.config import ArithmeticTask, HubTask, JsonlTask, TaskConfig
+from remix.config import ArithmeticTask, HubTask, JsonlTask, ShapesTask, TaskConfig
 from remix.tasks.arithmetic import generate, problems
 from remix.tasks.exclusion import load_exclusion
 from remix.tasks.hub import load_hub
 from remix.tasks.jsonl import load_jsonl
 from remix.tasks.rows import Split
+from remix.tasks.shapes import make_prompts
 from remix.types import Prompt
 
 EVAL_SIZE = 1024
@@ -57,8 +58,16 @@ def load_arithmetic(config: ArithmeticTask, split: Split, task: str) -> list[Pro
     )
 
 
+def load_shapes(config: ShapesTask, split: Split, task: str) -> list[Prompt]:
+    """`size` questions to train on; at most `EVAL_SIZE` held-out ones."""
+    return make_prompts(
+        config.kind, split, config.size if split == "train" else min(config.size, EVAL_SIZE), config.seed
+    )
+
+
 TASKS: dict[str, Callable[[Any, Split, str], list[Prompt]]] = {
     "arithmetic": load_arithmetic,
+    "shapes": load_shapes,
     "jsonl": load_jsonl,
     "hub": load_hub,
 }
@@ -183,9 +192,11 @@ def _rank(seed: int, text: str) -> int:
 
 
 def _name(config: TaskConfig) -> str:
-    """`gsm8k` of `data/gsm8k.jsonl.gz` or `openai/gsm8k`; a generator goes by its type."""
+    """`gsm8k` of `data/gsm8k.jsonl.gz` or `openai/gsm8k`; a generator goes by its type or kind."""
     if isinstance(config, ArithmeticTask):
         return config.type
+    if isinstance(config, ShapesTask):
+        return config.kind
     name = PurePath(config.path).name
     return name.split(".")[0] or name
 
@@ -224,6 +235,8 @@ def _remedy(config: TaskConfig, split: Split) -> str:
     match config:
         case ArithmeticTask():
             return "raise max_terms or add a kind, so that there are more problems"
+        case ShapesTask():
+            return "raise size"
         case JsonlTask():
             own, source = "eval_path", config.path if split == "train" else config.eval_path or config.path
         case HubTask():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
-from remix.config import ArithmeticTask, LoraAdapter, Recipe, SeparateCritic, VLLMEngineConfig, nearest
+from remix.config import ArithmeticTask, LoraAdapter, Recipe, SeparateCritic, ShapesTask, VLLMEngineConfig, nearest
 from remix.models.files import check_weights
 from remix.training.memory import ModelShape, find_shape, is_target
 from remix.training.schedule import phase_bounds
@@ -84,7 +84,7 @@ def _batch(recipe: Recipe, world_size: int) -> Iterator[str]:
 
 def _data(recipe: Recipe) -> Iterator[str]:
     """A generated task has `size` problems, any other at most `limit`, if it is set."""
-    sizes = [task.size if isinstance(task, ArithmeticTask) else task.limit for task in recipe.tasks]
+    sizes = [task.size if isinstance(task, ArithmeticTask | ShapesTask) else task.limit for task in recipe.tasks]
     known = [size for size in sizes if size is not None]
     if len(known) == len(sizes) and sum(known) < recipe.batch.prompts:
         yield (
