@@ -129,8 +129,8 @@ def make_picture_task(folder: Path, count: int = 24) -> dict[str, Any]:
         picture.save(folder / names[-1])
     rows = []
     for index, name in enumerate(names):
-        shown: Any = [name, names[index - 1]] if index % 5 == 1 else [] if index % 5 == 2 else name
-        problem = f"<image>{index}+<image>4=" if index % 5 == 1 else f"{index}+4="
+        shown: Any = [name, names[index - 1]] if index % 3 == 1 else [] if index % 3 == 2 else name
+        problem = f"<image>{index}+<image>4=" if index % 3 == 1 else f"{index}+4="
         rows.append({"id": index, "problem": problem, "answer": str(index + 4), "shown": shown})
     path = folder / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
