@@ -1,6 +1,6 @@
 """Builds the embedded vision-language base model: a tiny LLaVA that half knows how to talk about drawn shapes.
 
-    python scripts/build_shapes_model.py [--out recipes/embedded/shapes_base] [--seed 0] [--steps 1500]
+python scripts/build_shapes_model.py [--out recipes/embedded/shapes_base] [--seed 0] [--steps 1500]
 """
 
 from __future__ import annotations
@@ -81,26 +81,49 @@ def make_processor() -> LlavaProcessor:
     half = [0.5, 0.5, 0.5]
     images = CLIPImageProcessorPil(size={"shortest_edge": shapes.SIDE}, crop_size=side, image_mean=half, image_std=half)
     return LlavaProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
 def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
-        hidden_size=128, intermediate_size=256, projection_dim=128, num_hidden_layers=3, num_attention_heads=4,
-        image_size=shapes.SIDE, patch_size=PATCH,
+        hidden_size=128,
+        intermediate_size=256,
+        projection_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=shapes.SIDE,
+        patch_size=PATCH,
     )
     text = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True, initializer_range=0.08,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, vision_feature_layer=-1,
-        image_seq_length=IMAGE_TOKENS, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
@@ -128,7 +151,9 @@ def caption(scene: shapes.Scene) -> str:
     figures = scene.figures
     first = figures[0]
     if len(figures) == 1:
-        place = min(shapes.PLACES, key=lambda p: (shapes.PLACES[p][0] - first.x) ** 2 + (shapes.PLACES[p][1] - first.y) ** 2)
+        place = min(
+            shapes.PLACES, key=lambda p: (shapes.PLACES[p][0] - first.x) ** 2 + (shapes.PLACES[p][1] - first.y) ** 2
+        )
         pointing = f" pointing to the {shapes.SIDES[first.turn]}" if first.shape == "triangle" else ""
         return f"a {first.colour} {first.shape} at the {place}" + pointing
     if len(figures) == 2 and first.size != figures[1].size:

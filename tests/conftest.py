@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import make_tiny_model
+from tests.tiny import make_tiny_model, make_tiny_vision_model
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -31,6 +31,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 2-layer text model with the embedded model's tokenizer."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA of 2 + 2 layers with its processor."""
+    return make_tiny_vision_model(tmp_path_factory.mktemp("tiny_vision"))
 
 
 @pytest.fixture(scope="session")

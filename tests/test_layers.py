@@ -42,13 +42,13 @@ FLOORS = {
 """Of a module and all beneath it; the longest name that fits counts. The package itself is the public face."""
 
 DOORS = {
-    "PIL": {"remix.tasks.images", "remix.tasks.shapes"},
+    "PIL": {"remix.models.vision", "remix.tasks.images", "remix.tasks.shapes"},
     "vllm": {"remix.rollout.vllm"},
     "accelerate": {"remix.training.distributed"},
     "deepspeed": set(),
     "datasets": {"remix.tasks.hub"},
     "peft": {"remix.models.adapters"},
-    "transformers": {"remix.models.loading", "remix.rollout.hf"},
+    "transformers": {"remix.models.loading", "remix.models.naming", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
     "safetensors": {"remix.checkpoint", "remix.models.adapters", "remix.models.loading", "remix.rollout.frames"},

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -105,7 +108,33 @@ def make_tiny_vision_model(folder: Path, *, family: str = "llava", seed: int = 5
                     parameter.normal_(std=0.3)
     lm.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if family == "llava":  # as checkpoints of the hub name the vision tower's weights, and engines look for them
+        weights = load_file(folder / "model.safetensors")
+        named = {name.replace("vision_tower.", "vision_tower.vision_model."): weights[name] for name in weights}
+        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def make_picture_task(folder: Path, count: int = 24) -> dict[str, Any]:
+    """A jsonl task of coloured squares as PNG files: some rows name one, some two, some a list of none."""
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    names = []
+    for index in range(count):
+        picture = Image.new("RGB", (20, 16 + index % 3), "black")
+        picture.paste(
+            ("red", "green", "blue", "white")[index % 4], (index % 8, index % 7, index % 8 + 8, index % 7 + 8)
+        )
+        names.append(f"pictures/{index}.png")
+        picture.save(folder / names[-1])
+    rows = []
+    for index, name in enumerate(names):
+        shown: Any = [name, names[index - 1]] if index % 3 == 1 else [] if index % 3 == 2 else name
+        problem = f"<image>{index}+<image>4=" if index % 3 == 1 else f"{index}+4="
+        rows.append({"id": index, "problem": problem, "answer": str(index + 4), "shown": shown})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return {"type": "jsonl", "path": str(path), "images": "shown", "holdout": 0.25}
 
 
 def tiny_recipe(model: Path, run_dir: Path, changes: Mapping[str, Any] | None = None) -> Recipe:

@@ -28,6 +28,7 @@ from remix.durable import write_json
 from remix.errors import first_line
 from remix.models import files
 from remix.models.adapter_files import VIRTUAL
+from remix.models.naming import as_saved
 
 ADAPTER = "policy_adapter"
 """PEFT matches adapter names against parts of parameter paths when it saves, so the name must be unmistakable."""
@@ -244,6 +245,11 @@ def checkpoint_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
 
     Lazily, one layer at a time; the model in training is left as it was, bit for bit.
     """
+    yield from as_saved(lm.get_base_model() if hasattr(lm, "get_base_model") else lm, _module_weights(lm))
+
+
+def _module_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
+    """The same under the names of the base model's modules."""
     if not hasattr(lm, "get_base_model"):
         yield from ((name, tensor.detach()) for name, tensor in lm.state_dict().items())
         return
@@ -293,7 +299,7 @@ def save_model(lm: Any, reader: Any, folder: Path, *, base_changed: bool) -> Non
     `reader`: the model's tokenizer, or the processor that holds it.
     """
     if hasattr(lm, "get_base_model") and base_changed:
-        lm.get_base_model().save_pretrained(folder, state_dict=dict(checkpoint_weights(lm)))
+        lm.get_base_model().save_pretrained(folder, state_dict=dict(_module_weights(lm)))
     elif hasattr(lm, "get_base_model"):
         # Under its default name, where PEFT puts it into the folder itself and every reader looks for it.
         lm.save_pretrained(folder, selected_adapters=[ADAPTER], save_embedding_layers=False)

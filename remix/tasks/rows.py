@@ -60,8 +60,9 @@ def problem_text(prompt: Prompt) -> str:
 
 
 def _hash(prompt: Prompt) -> float:
-    """Uniform on [0, 1), from the text alone."""
-    return int.from_bytes(hashlib.sha256(problem_text(prompt).strip().encode()).digest()[:6]) / 2**48
+    """Uniform on [0, 1), from the text alone; where there are images, one question is many problems, by their names."""
+    asked = "/".join([problem_text(prompt).strip(), *(Path(reference).name for reference in prompt.images)])
+    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:6]) / 2**48
 
 
 def cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
