@@ -15,10 +15,15 @@ from remix.evaluation.continual import read_record
 from remix.train import run
 from remix.training.loop import Trainer
 from remix.training.stages import make_plans
-from tests.tiny import tiny_recipe
+from tests.tiny import MIX, tiny_recipe
 
 SHORT: dict[str, Any] = {"type": "arithmetic", "max_terms": 3, "size": 64}
 TASKS = [SHORT | {"kinds": ["sum"], "label": "sums"}, SHORT | {"kinds": ["product_sum"], "label": "products"}]
+IMITATION: dict[str, Any] = {
+    "objective": {"type": "sft", "entropy_weight": 0.0},
+    "rollout": {"group_size": 1},
+    "kl": {"weight": 0.0},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "independent": {},
@@ -153,3 +158,23 @@ def test_another_recipe_does_not_go_on_with_it(tiny_model: Path, tmp_path: Path)
         run(recipe_of(tiny_model, tmp_path))
     with pytest.raises(ValueError, match="seed was 0, is 3"):
         run(recipe_of(tiny_model, tmp_path, seed=3), resume=True)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"advantage": {"type": "gae"}},
+        {
+            "phases": [MIX[0] | {"until": [{"type": "steps", "after": 1}]}, {"type": "on_policy"}],
+            "kl": {"lambda_schedule": {"hold": 0}},
+        },
+        IMITATION,
+        {"rollout": {"engine": {"type": "vllm"}}},
+    ],
+    ids=["ppo", "remix", "sft", "vllm"],
+)
+def test_any_objective_and_engine(tiny_model: Path, tmp_path: Path, objective: dict[str, Any]) -> None:
+    result = run(recipe_of(tiny_model, tmp_path, **{"steps": 2} | objective))
+    assert result["tasks"] == 2
+    first, second = (tmp_path / "stages" / f"task={index:02d}" / "merged" for index in range(2))
+    assert all(not torch.equal(adapter(second)[name], tensor) for name, tensor in adapter(first).items())
