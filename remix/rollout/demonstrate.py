@@ -49,4 +49,5 @@ class Demonstrations(Sampler):
             seed=0,
             text=text,
             score=Score(1.0, "correct"),
+            images=prompt.images,
         )
