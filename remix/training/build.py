@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from remix import checkpoint
-from remix.config import HFEngineConfig, Recipe, dump_recipe
+from remix.config import HFEngineConfig, Recipe, VLLMEngineConfig, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
 from remix.models.adapters import checkpoint_weights
-from remix.models.loading import load_actor_critic, load_processor, load_tokenizer
+from remix.models.loading import load_actor_critic, load_processor, load_tokenizer, sees_images
 from remix.models.policy import Policy
-from remix.models.vision import Vision
+from remix.models.vision import Vision, check_vllm
 from remix.replay import ReplayBuffer, remove_shards
 from remix.rewards import RewardSuite
 from remix.rollout.sample import Sampler
@@ -57,6 +57,8 @@ def open_trainer(
     checkpoint.seed_generators(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
     splits: tuple[Split, ...] = ("train",) if recipe.eval.benchmarks else ("train", "test")
     loaded = {split: load_tasks(recipe.tasks, split) for split in splits}
+    if isinstance(recipe.rollout.engine, VLLMEngineConfig) and sees_images(recipe.model):
+        check_vllm(recipe.model.path)
     processor = load_processor(recipe.model, needed=any(prompt.images for prompt in _prompts(loaded.values())))
     tokenizer = load_tokenizer(recipe.model, processor)
     train, held_out = (_encoded(loaded.get(split, []), recipe, tokenizer, processor) for split in ("train", "test"))
@@ -92,7 +94,7 @@ def open_trainer(
         cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         exams = build_exams(recipe, policy, held_out, rewards, stack)
-        engine = build_engine(recipe, policy, exams, progress.message)
+        engine = build_engine(recipe, policy, train, exams, progress.message)
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
         cluster.start_trackers(recipe.model_dump(mode="json"), read_metrics(run_dir) if cluster.is_main else [])
@@ -170,7 +172,9 @@ def _hf_engine(policy: Policy, batch_size: int) -> HFEngine:
     )
 
 
-def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message: Callable[[str], None]) -> Engine:
+def build_engine(
+    recipe: Recipe, policy: Policy, train: Sequence[TaskSet], exams: Sequence[Exam], message: Callable[[str], None]
+) -> Engine:
     """What samples: transformers on the trainer's own module, or vLLM with a copy of the weights.
 
     `message` is told when an engine in its own process is started again.
@@ -178,6 +182,7 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
     config = recipe.rollout.engine
     if isinstance(config, HFEngineConfig):
         return _hf_engine(policy, config.batch_size)
+    prompts = [*_prompts([train]), *(prompt for exam in exams for prompt in exam.prompts)]
     arguments: dict[str, Any] = {
         "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,
@@ -190,6 +195,8 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
         "kv_cache_gib": config.kv_cache_gib,
         "enforce_eager": config.enforce_eager,
         "seed": recipe.seed,
+        "images": max(len(prompt.images) for prompt in prompts),
+        "never": policy.module.never,
     }
     if config.own_process:
         from remix.rollout.process import EngineProcess
