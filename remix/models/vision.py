@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from remix.errors import first_line
@@ -36,7 +36,7 @@ class Vision:
         self.processor = processor
         lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
         taken = inspect.signature(getattr(lm, lm.base_model_prefix).forward).parameters
-        blank = self._processed([Image.new("RGB", (64, 64))])
+        blank = self._processed([np.zeros((64, 64, 3), np.uint8)])
         ids = blank["input_ids"]
         further = {name: value for name, value in blank.items() if name in taken and name not in OF_TEXT}
         types = {name: value for name, value in further.items() if value.shape == ids.shape}
@@ -76,7 +76,7 @@ class Vision:
             self._kept.popitem(last=False)
         return self._kept[images]
 
-    def _processed(self, images: list[Image.Image]) -> dict[str, Tensor]:
+    def _processed(self, images: list[Any]) -> dict[str, Tensor]:
         try:
             text = str(self.processor.image_token) * len(images)
             return dict(self.processor(text=[text], images=[images], return_tensors="pt"))

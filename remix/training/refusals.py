@@ -20,7 +20,7 @@ def refuse_contradictions(recipe: Recipe, world_size: int) -> None:
     problems = [*_models(recipe), *_batch(recipe, world_size), *_data(recipe), *_phases(recipe)]
     shape = None if problems else find_shape(recipe.model)
     if shape is not None:
-        problems += [*_lengths(recipe, shape), *_adapter(recipe, shape)]
+        problems += [*_lengths(recipe, shape), *_adapter(recipe, shape), *_images(recipe, shape)]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -116,6 +116,16 @@ def _lengths(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
             f"prompt.max_tokens {recipe.prompt.max_tokens} + rollout.max_tokens {recipe.rollout.max_tokens} exceeds "
             f"the model's {shape.positions} positions: lower either"
         )
+
+
+def _images(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    """Where the matrices are known, the model is a decoder of text alone."""
+    for index, task in enumerate(recipe.tasks):
+        if shape.linears is not None and (isinstance(task, ShapesTask) or getattr(task, "images", None)):
+            yield (
+                f"tasks.{index} has images, and {recipe.model.path} is a text model: set model.path to a "
+                "vision-language model, or leave the task out"
+            )
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Iterator[str]:

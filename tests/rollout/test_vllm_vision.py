@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
+from remix.rollout import frames
+from remix.types import Request, Sampling
 from tests.tiny import MIX, make_picture_task, opened, tiny_recipe
 from tests.training.test_degenerate import metrics_of
+
+
+def test_references_travel_to_the_engines_process_and_no_pixels() -> None:
+    requests = [Request((3, 4), 7, ("a.png", "shapes:count/train/0/1")), Request((5,), 8)]
+    frame = frames.pack_requests(requests, Sampling(4))
+    assert len(frame) < 1000
+    assert frames.unpack_requests(frames.unpack(frame)) == (requests, Sampling(4))
+
 
 KL = {"weight": 0.1}
 
