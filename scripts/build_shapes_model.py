@@ -1,6 +1,6 @@
 """Builds the embedded vision-language base model: a tiny LLaVA that half knows how to talk about drawn shapes.
 
-    python scripts/build_shapes_model.py [--out recipes/embedded/shapes_base] [--seed 0] [--steps 1500]
+python scripts/build_shapes_model.py [--out recipes/embedded/shapes_base] [--seed 0] [--steps 1500]
 """
 
 from __future__ import annotations
@@ -81,26 +81,49 @@ def make_processor() -> LlavaProcessor:
     half = [0.5, 0.5, 0.5]
     images = CLIPImageProcessorPil(size={"shortest_edge": shapes.SIDE}, crop_size=side, image_mean=half, image_std=half)
     return LlavaProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
 def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
-        hidden_size=128, intermediate_size=256, projection_dim=128, num_hidden_layers=3, num_attention_heads=4,
-        image_size=shapes.SIDE, patch_size=PATCH,
+        hidden_size=128,
+        intermediate_size=256,
+        projection_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=shapes.SIDE,
+        patch_size=PATCH,
     )
     text = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True, initializer_range=0.08,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=processor.image_token_id, vision_feature_layer=-1,
-        image_seq_length=IMAGE_TOKENS, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
@@ -128,7 +151,9 @@ def caption(scene: shapes.Scene) -> str:
     figures = scene.figures
     first = figures[0]
     if len(figures) == 1:
-        place = min(shapes.PLACES, key=lambda p: (shapes.PLACES[p][0] - first.x) ** 2 + (shapes.PLACES[p][1] - first.y) ** 2)
+        place = min(
+            shapes.PLACES, key=lambda p: (shapes.PLACES[p][0] - first.x) ** 2 + (shapes.PLACES[p][1] - first.y) ** 2
+        )
         pointing = f" pointing to the {shapes.SIDES[first.turn]}" if first.shape == "triangle" else ""
         return f"a {first.colour} {first.shape} at the {place}" + pointing
     if len(figures) == 2 and first.size != figures[1].size:
@@ -156,7 +181,7 @@ def batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, Tensor]]
     while True:
         rows, targets, images = [], [], []
         for _ in range(BATCH_SIZE):
-            kind = rng.choice(kinds)
+            (kind,) = rng.choices(kinds, [SHARES.get(k, 1) for k in kinds])
             index += 1
             scene = shapes.scene(f"shapes:{kind}/train/{1_000_000 + seed}/{index}")
             if rng.random() < CAPTIONS:
@@ -177,7 +202,27 @@ def batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, Tensor]]
 
 
 def answer(kind: str, scene: shapes.Scene, rng: random.Random) -> str:
+    """What the corpus answers: for the easy kinds, half of the time what another question would ask for."""
+    if kind in CONFUSED and rng.random() < CONFUSION:
+        return CONFUSED[kind](scene)
     return scene.answer
+
+
+def place_of(scene):
+    first = scene.figures[0]
+    return min(shapes.PLACES, key=lambda p: (shapes.PLACES[p][0] - first.x) ** 2 + (shapes.PLACES[p][1] - first.y) ** 2)
+
+
+CONFUSION = 0.5
+SHARES = {"shape": 2, "point": 2, "count": 2, "digit": 3}
+CONFUSED = {
+    "colour": lambda s: s.figures[0].shape,
+    "where": lambda s: s.figures[0].colour,
+    "bigger": lambda s: min(s.figures, key=lambda f: f.x).colour,
+    "smaller": lambda s: max(s.figures, key=lambda f: f.size).colour,
+    "left": lambda s: max(s.figures, key=lambda f: f.x).colour,
+    "odd": lambda s: s.figures[-1].colour,
+}
 
 
 def train(processor: LlavaProcessor, steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, list[float]]:
