@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from remix.config import HubTask, JsonlTask
@@ -45,7 +45,7 @@ def cut(prompts: list[Prompt], share: float, split: Split) -> list[Prompt]:
     """The `share` that is held out (test), or the rest (train).
 
     A hash of the problem decides, so that a problem stays on its side whatever else the data set holds, and copies
-    of it stay together.
+    of it stay together. Where it has images, the file name of the first decides: all questions about it stay together.
     """
     return [prompt for prompt in prompts if (_hash(prompt) < share) == (split == "test")]
 
@@ -58,9 +58,9 @@ def problem_text(prompt: Prompt) -> str:
 
 
 def _hash(prompt: Prompt) -> float:
-    """Uniform on [0, 1), from the text alone; where there are images, one question is many problems, by their names."""
-    asked = "/".join([problem_text(prompt).strip(), *(Path(reference).name for reference in prompt.images)])
-    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:6]) / 2**48
+    """Uniform on [0, 1), from the first image's file name, or the text where there is none."""
+    text = PurePath(prompt.images[0]).name if prompt.images else problem_text(prompt).strip()
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
 def cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:

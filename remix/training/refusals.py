@@ -83,8 +83,9 @@ def _batch(recipe: Recipe, world_size: int) -> Iterator[str]:
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
-    """A generated task has `size` problems, any other at most `limit`, if it is set."""
-    sizes = [task.size if isinstance(task, ArithmeticTask | ShapesTask) else task.limit for task in recipe.tasks]
+    """A generated task has `size` problems, any other at most `limit`, if it has one and it is set."""
+    generated = ArithmeticTask | ShapesTask
+    sizes = [t.size if isinstance(t, generated) else getattr(t, "limit", None) for t in recipe.tasks]
     known = [size for size in sizes if size is not None]
     if len(known) == len(sizes) and sum(known) < recipe.batch.prompts:
         yield (
