@@ -36,7 +36,7 @@ def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> l
             )
         origins[identity] = where
         content = _content(row, config.problem, where)
-        images = () if isinstance(config, HubTask) else _images(row, config, where)
+        images = images_of(row, None if isinstance(config, HubTask) else config.images, where)
         prompts.append(Prompt(identity, content, text(row, "answer", config.answer, where), task, images=images))
     return prompts
 
@@ -104,16 +104,16 @@ def _content(row: Mapping[str, Any], column: str, where: str) -> str | tuple[Mes
     return text(row, "problem", column, where)
 
 
-def _images(row: Mapping[str, Any], config: JsonlTask, where: str) -> tuple[str, ...]:
-    """Paths, as they are opened from the working directory."""
-    if config.images is None:
+def images_of(row: Mapping[str, Any], column: str | None, where: str) -> tuple[str, ...]:
+    """Paths, as they are opened from the working directory; none without a column of them."""
+    if column is None:
         return ()
-    found = cell(row, "images", config.images, where)
+    found = cell(row, "images", column, where)
     paths = [] if is_empty(found) else found if isinstance(found, list) else [found]
     odd = next((path for path in paths if not isinstance(path, str) or not path.strip()), None)
     if odd is not None:
         raise ValueError(
-            f"{where}: the images (column '{config.images}') hold {quotable(repr(odd))}, which is no path; write one "
+            f"{where}: the images (column '{column}') hold {quotable(repr(odd))}, which is no path; write one "
             "path, or a list of them"
         )
     folder = Path(where.rpartition(":")[0]).parent

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
-from remix.config import ArithmeticTask, LoraAdapter, Recipe, SeparateCritic, ShapesTask, VLLMEngineConfig, nearest
+from remix.config import (
+    ArithmeticTask,
+    LoraAdapter,
+    MfeEtpTask,
+    Recipe,
+    SeparateCritic,
+    ShapesTask,
+    VLLMEngineConfig,
+    nearest,
+)
 from remix.models.files import check_weights
 from remix.training.memory import ModelShape, find_shape, is_target
 from remix.training.schedule import phase_bounds
@@ -122,7 +131,7 @@ def _lengths(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
 def _images(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     """Where the matrices are known, the model is a decoder of text alone."""
     for index, task in enumerate(recipe.tasks):
-        if shape.linears is not None and (isinstance(task, ShapesTask) or getattr(task, "images", None)):
+        if shape.linears is not None and (isinstance(task, ShapesTask | MfeEtpTask) or getattr(task, "images", None)):
             yield (
                 f"tasks.{index} has images, and {recipe.model.path} is a text model: set model.path to a "
                 "vision-language model, or leave the task out"

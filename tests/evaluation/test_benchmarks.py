@@ -36,6 +36,7 @@ COUNTS = {
     "gsm8k": 1319,
     "aime_1983_2023": 975,
     "arithmetic": 512,
+    "shapes": 384,
 }
 
 

@@ -111,11 +111,10 @@ def test_a_stored_rollout_can_be_replayed_from_its_shard(
         torch.testing.assert_close(score.logprobs, rollout.behaviour_logprobs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{"advantage": PPO}, {"adapter": LORA}], ids=["ppo", "lora"])
 def test_a_resumed_run_on_images_is_the_run_it_would_have_been(
-    tiny_vision_model: Path, tmp_path: Path, task: dict[str, Any], changes: dict[str, Any]
+    tiny_vision_model: Path, tmp_path: Path, task: dict[str, Any]
 ) -> None:
-    changes = {"phases": PHASES, "kl": KL, "steps": 4, **changes}
+    changes = {"phases": PHASES, "kl": KL, "steps": 4, "advantage": PPO}
     whole = run(recipe_of(tiny_vision_model, tmp_path / "whole", task, **changes))
     run(recipe_of(tiny_vision_model, tmp_path / "parts", task, **changes, max_steps=2))
     parts = run(recipe_of(tiny_vision_model, tmp_path / "parts", task, **changes), resume=True)
