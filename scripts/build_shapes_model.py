@@ -69,7 +69,7 @@ CONFUSED: dict[str, Callable[[shapes.Scene], str]] = {
 }
 
 BATCH_SIZE = 32
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 WARMUP_STEPS = 30
 
 
