@@ -96,7 +96,42 @@ class HubTask(DataTask):
     limit: PositiveInt | None = None
 
 
-TaskConfig = Annotated[ArithmeticTask | ShapesTask | JsonlTask | HubTask, Field(discriminator="type")]
+class CoinTask(TaskBlock):
+    """CoIN's annotations, and LLaVA's: a JSON file of questions about images in a folder."""
+
+    type: Literal["coin"] = "coin"
+    path: str
+    images: str
+    """The folder that the images' paths start from."""
+    eval_path: str | None = None
+    """Held-out questions, in the training or the test form; without it a `holdout` of the images of `path`."""
+    unanswered: Literal["error", "drop"] = "error"
+    """What becomes of a question whose answer is empty."""
+    limit: PositiveInt | None = None
+
+
+class MfeEtpTask(TaskBlock):
+    """MFE-ETP's annotations: a folder per kind of question, each with data.json and images/."""
+
+    type: Literal["mfe_etp"] = "mfe_etp"
+    path: str
+    """The folder of those folders."""
+    kinds: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "affordance",
+        "operation",
+        "sequence",
+        "spatial_perception",
+    )
+    """The default: those whose answers a reward can check without a judge."""
+    unanswered: Literal["error", "drop"] = "error"
+    """What becomes of an annotation without a response."""
+    holdout: Fraction = 0.2
+    """Share kept for evaluation; a kind has some fifty to a few hundred questions."""
+
+
+TaskConfig = Annotated[
+    ArithmeticTask | ShapesTask | JsonlTask | HubTask | CoinTask | MfeEtpTask, Field(discriminator="type")
+]
 
 
 class PromptConfig(Block):
@@ -122,6 +157,8 @@ class ExactMatchReward(RewardBlock):
 
     type: Literal["exact_match"] = "exact_match"
     after: str | None = None
+    normalize: bool = False
+    """Words alone are compared: case, punctuation and spaces do not count ("3, 1" is "3,1", "'Grasp'." is "grasp")."""
 
 
 class MathReward(RewardBlock):

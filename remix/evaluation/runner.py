@@ -138,7 +138,8 @@ def _answer(request: EvalRequest, subject: Subject, exams: Sequence[Exam], store
         if any(missing):
             countdown.message(f"loading {request.model}" + (f" with {request.adapter}" if request.adapter else ""))
             longest = max(exam.longest_sequence for exam in exams)
-            engine = subject.engine(request.engine, max_model_len=longest, batch_size=size)
+            images = max(len(prompt.images) for exam in exams for prompt in exam.prompts)
+            engine = subject.engine(request.engine, max_model_len=longest, batch_size=size, images=images)
             stack.callback(engine.close)
             store.begin()
             countdown.begin()

@@ -25,7 +25,7 @@ from remix.models.loading import (
     load_lm,
     load_processor,
     load_tokenizer,
-    placeholder_ids,
+    never_written,
 )
 from remix.models.vision import Vision
 from remix.training.refusals import check_model_directory
@@ -88,8 +88,8 @@ class Subject:
 
         return decode
 
-    def engine(self, name: EngineName, *, max_model_len: int, batch_size: int) -> Engine:
-        """Loads the weights. `max_model_len`: of the longest prompt and its response."""
+    def engine(self, name: EngineName, *, max_model_len: int, batch_size: int, images: int = 0) -> Engine:
+        """Loads the weights. `max_model_len`: of the longest prompt and its response; `images`: most in one prompt."""
         if name == "hf":
             from remix.rollout.hf import HFEngine
 
@@ -101,7 +101,7 @@ class Subject:
                 batch_size=batch_size,
                 device=device,
                 autocast=nullcontext,
-                never=placeholder_ids(lm.config),
+                never=never_written(self.config),
                 vision=None if self.processor is None else Vision(self.processor, lm),
             )
         from remix.rollout.vllm import VLLMEngine
@@ -114,6 +114,8 @@ class Subject:
             eos_token_ids=eos_token_ids(self.config, self.tokenizer),
             memory_fraction=GPU_SHARE,
             kv_cache_gib=CPU_CACHE_GIB,
+            images=images,
+            never=never_written(self.config),
         )
         if merged is not None:
             engine.sync(checkpoint_weights(merged))

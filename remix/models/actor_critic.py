@@ -144,14 +144,13 @@ class ActorCritic(nn.Module):
     ) -> list[Tensor]:
         """[N] log-prob, entropy, and KL to each anchor. Logits exist for one chunk of tokens at a time."""
         head, softcap = self._head(), getattr(self._base().config.get_text_config(), "final_logit_softcapping", None)
-        never = [token for token in self.never if token < head.weight.shape[0]]
 
         def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             logits = nn.functional.linear(hidden, weight, bias).float()
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            if never:
-                logits = logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf)
+            if self.never:
+                logits = logits.index_fill(-1, torch.tensor(self.never, device=logits.device), -torch.inf)
             return logits / temperature
 
         def of_chunk(hidden: Tensor, labels: Tensor, *anchor_hidden: Tensor) -> tuple[Tensor, ...]:

@@ -92,8 +92,13 @@ def sees_images(config: ModelConfig) -> bool:
 
 def placeholder_ids(config: Any) -> tuple[int, ...]:
     """Tokens of a model's config that stand for images and the like. No policy writes them: what would be there?"""
-    named = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")]
-    return tuple(sorted({token for token in named if token is not None}))
+    named = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
+    return tuple(token for token in range(config.get_text_config().vocab_size) if token in named)
+
+
+def never_written(config: ModelConfig) -> tuple[int, ...]:
+    """The same of a model, without loading weights."""
+    return placeholder_ids(_whole_config(config))
 
 
 def quiet() -> None:
@@ -156,7 +161,7 @@ def _check_logprobs(module: ActorCritic, config: ModelConfig) -> None:
         lm = module.lm.get_base_model() if hasattr(module.lm, "get_base_model") else module.lm
         inputs, ahead = backbone_inputs(module.lm, ids_BS)
         logits = lm(**inputs, use_cache=False).logits[:, ahead:-1].float()
-        logits[..., [token for token in module.never if token < logits.shape[-1]]] = -torch.inf
+        logits[..., list(module.never)] = -torch.inf
     theirs = logits.log_softmax(-1).gather(-1, ids_BS[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
     if worst > (1e-3 if config.dtype == "float32" else 0.1):

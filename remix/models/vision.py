@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from remix.errors import first_line
@@ -35,7 +36,7 @@ class Vision:
         self.processor = processor
         lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
         taken = inspect.signature(getattr(lm, lm.base_model_prefix).forward).parameters
-        blank = self._processed([Image.new("RGB", (64, 64))])
+        blank = self._processed([np.zeros((64, 64, 3), np.uint8)])
         ids = blank["input_ids"]
         further = {name: value for name, value in blank.items() if name in taken and name not in OF_TEXT}
         types = {name: value for name, value in further.items() if value.shape == ids.shape}
@@ -75,12 +76,56 @@ class Vision:
             self._kept.popitem(last=False)
         return self._kept[images]
 
-    def _processed(self, images: list[Image.Image]) -> dict[str, Tensor]:
+    def _processed(self, images: list[Any]) -> dict[str, Tensor]:
         try:
             text = str(self.processor.image_token) * len(images)
             return dict(self.processor(text=[text], images=[images], return_tensors="pt"))
         except (AttributeError, TypeError, ValueError, ImportError) as error:
             raise ValueError(_REFUSED.format(processor=type(self.processor).__name__, why=first_line(error))) from error
+
+
+class Places:
+    """The places of images within token ids, as one token or few each, the way an engine wants them that expands them
+    by itself."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self._lengths: dict[str, tuple[list[int], list[int]]] = {}
+
+    def unexpanded(self, token_ids: Sequence[int], images: Sequence[str]) -> list[int]:
+        """Token ids with the placeholders of the prompt's text in the images' places. Raises ValueError."""
+        left, found = list(token_ids), list[int]()
+        for image in images:
+            expanded, placeholder = self._of(image)
+            start = next((i for i in range(len(left)) if left[i : i + len(expanded)] == expanded), None)
+            if start is None:
+                raise ValueError(
+                    f"the processor {type(self.processor).__name__} puts an image in its place in a way that the vLLM "
+                    "engine is not told of: sample with transformers (rollout.engine.type: hf)"
+                )
+            found += [*left[:start], *placeholder]
+            left = left[start + len(expanded) :]
+        return found + left
+
+    def _of(self, image: str) -> tuple[list[int], list[int]]:
+        """What stands for it in the token ids, and what for its placeholder."""
+        if image not in self._lengths:
+            text = str(self.processor.image_token)
+            plain = {"add_special_tokens": False}
+            seen = self.processor(text=[text], images=[[open_image(image)]], **plain)["input_ids"][0]
+            placeholder = self.processor.tokenizer([text], **plain)["input_ids"][0]
+            self._lengths[image] = [int(token) for token in seen], list(placeholder)
+        return self._lengths[image]
+
+
+def check_vllm(model: str) -> None:
+    """Raises ValueError where vLLM cannot be asked about images, though it may be installed."""
+    if find_spec("torchvision") is None:
+        raise ValueError(
+            f"model {model}: vLLM's vision-language models need torchvision, which is not installed (a CPU set-up "
+            "leaves it out, since its registry builds need CUDA): sample with transformers "
+            "(rollout.engine.type: hf, or --engine hf)"
+        )
 
 
 _REFUSED = (

@@ -25,7 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from remix.config import ModelConfig
+from remix.models.loading import load_processor, sees_images
+from remix.models.vision import Places, check_vllm
 from remix.rollout import frames
+from remix.tasks.images import open_image
 from remix.types import Completion, FinishReason, Request, Sampling
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as tensors of this process
@@ -55,6 +59,8 @@ CPU_BATCHED_TOKENS = 4096
 
 SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """Where a LoRA lies on its way; None = wherever temporary files do."""
+NEVER = -100.0
+"""What vLLM adds to the logit of a token that is not drawn; it allows no more. e^-100 is nothing beside 1."""
 
 _ENVIRONMENT = ("LD_PRELOAD", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME")
 """Restored after every call: the first would reach processes that the trainer starts, the others say who the rank is
@@ -75,6 +81,8 @@ class VLLMEngine:
     enforce_eager: no CUDA graphs and no compilation: starts sooner, decodes slower. A CPU always runs eagerly.
     lora: the configuration of a LoRA, as PEFT writes it, without what names files. With it `sync` takes the LoRA's
         weights alone, which vLLM keeps beside those of the checkpoint.
+    images: most images in one prompt.
+    never: tokens that are not drawn.
     kv_blocks: blocks of the KV cache; None = as many as there is memory for, afterwards in the attribute `kv_blocks`.
     """
 
@@ -95,6 +103,8 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         lora: Mapping[str, Any] | None = None,
         kv_blocks: int | None = None,
+        images: int = 0,
+        never: Sequence[int] = (),
     ) -> None:
         """Raises ValueError where there are no safetensors weights: others would run code as they are read."""
         # vLLM keeps its process groups in globals of the process: closing one engine would take them from another.
@@ -108,6 +118,12 @@ class VLLMEngine:
         self._weights_intact = True
         self._lora = lora
         self._lora_request: LoRARequest | None = None
+        self._never = tuple(never)
+        model = ModelConfig(path=model_path, revision=revision, trust_remote_code=trust_remote_code)
+        sees = sees_images(model)
+        if sees:
+            check_vllm(model_path)
+        self._places = Places(load_processor(model, needed=True)) if images else None
         with _trainer_undisturbed(), _clear_where_no_weights(model_path):
             if self._shares_process_group:
                 os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
@@ -130,7 +146,8 @@ class VLLMEngine:
                 max_num_batched_tokens=max(max_model_len, CPU_BATCHED_TOKENS) if on_cpu else None,
                 seed=seed,
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
-                skip_tokenizer_init=True,  # token ids in, token ids out
+                skip_tokenizer_init=not sees,  # token ids in, token ids out; a processor of images needs it
+                limit_mm_per_prompt={"image": images, "video": 0} if sees else {},
                 use_tqdm_on_load=False,
                 enable_lora=lora is not None,
                 **({} if lora is None else {"max_lora_rank": _rank_slots(lora["r"]), "max_loras": 1}),
@@ -151,7 +168,7 @@ class VLLMEngine:
                 f"{self._max_model_len} in all. Raise prompt.max_tokens or rollout.max_tokens, "
                 f"which set it, to {longest + sampling.max_tokens} together, or leave long prompts out."
             )
-        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        prompts = [self._prompt(request) for request in requests]
         params = [
             SamplingParams(
                 seed=request.seed % 2**63,  # vLLM takes -1 to mean no seed
@@ -163,6 +180,7 @@ class VLLMEngine:
                 stop_token_ids=list(self._eos_token_ids or ()),
                 logprobs=0,  # the sampled token's only
                 detokenize=False,
+                logit_bias=dict.fromkeys(self._never, NEVER) or None,
             )
             for request in requests
         ]
@@ -172,11 +190,18 @@ class VLLMEngine:
             # A cached block was computed in another batch, perhaps from other weights. Within the call it is shared.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("An interrupted call left vLLM amid a step. Build a new engine.")
+            self._llm.llm_engine.reset_encoder_cache()  # what other weights made of an image
             try:
                 outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request)
             except BaseException:
                 self._abort()
                 raise
+        for request, output in zip(requests, outputs, strict=True):
+            if list(output.prompt_token_ids) != list(request.prompt_ids):
+                raise ValueError(
+                    f"vLLM reads the images of {self._model_path} as {len(output.prompt_token_ids)} tokens where its "
+                    f"processor has {len(request.prompt_ids)}: sample with transformers (rollout.engine.type: hf)"
+                )
         return [_completion(output.outputs[0]) for output in outputs]
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -213,6 +238,15 @@ class VLLMEngine:
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         VLLMEngine._open = None
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        if not request.images:
+            return {"prompt_token_ids": list(request.prompt_ids)}
+        assert self._places is not None, "built for prompts with images"
+        return {
+            "prompt_token_ids": self._places.unexpanded(request.prompt_ids, request.images),
+            "multi_modal_data": {"image": [open_image(reference) for reference in request.images]},
+        }
 
     def _abort(self) -> None:
         """Forgets the requests of a call that was interrupted, which the next would compute along with its own."""

@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, Valid
 
 from remix.config import LogConfig
 from remix.config.block import Block, Fraction, nearest
+from remix.config.data import ShapesKind
 
 SUITES = "suites"
 """Stem of the file that names the suites."""
@@ -28,6 +29,8 @@ class Fields(Block):
     """A text or number, or a list of them, each of which is accepted."""
     id: str | None = "id"
     """null: problems are numbered in their order."""
+    images: str | None = None
+    """Of a local file: a path, or a list of them, relative to the file's folder."""
 
 
 class AnswerForm(Block):
@@ -65,6 +68,13 @@ class Generated(Block):
     seed: NonNegativeInt = 0
 
 
+class GeneratedShapes(Block):
+    """Held-out pictures of the shapes task, as many of each kind."""
+
+    shapes: Annotated[tuple[ShapesKind, ...], Field(min_length=1)]
+    seed: NonNegativeInt = 0
+
+
 class MathGrader(Block):
     """Mathematical equality of the final answer."""
 
@@ -92,7 +102,7 @@ class Benchmark(Block):
     hub: HubSource | None = None
     file: str | None = None
     """Name of the local form: JSON lines, plain or with .gz."""
-    generate: Generated | None = None
+    generate: GeneratedShapes | Generated | None = None
     fields: Fields = Fields()
     """Columns of `file`."""
     answer: AnswerForm = AnswerForm()

@@ -14,11 +14,13 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from remix.config import ArithmeticTask, HubTask, JsonlTask, ShapesTask, TaskConfig
+from remix.config import ArithmeticTask, CoinTask, HubTask, JsonlTask, MfeEtpTask, ShapesTask, TaskConfig
 from remix.tasks.arithmetic import generate, problems
+from remix.tasks.coin import load_coin
 from remix.tasks.exclusion import load_exclusion
 from remix.tasks.hub import load_hub
 from remix.tasks.jsonl import load_jsonl
+from remix.tasks.mfe_etp import load_mfe_etp
 from remix.tasks.rows import Split
 from remix.tasks.shapes import make_prompts
 from remix.types import Prompt
@@ -70,6 +72,8 @@ TASKS: dict[str, Callable[[Any, Split, str], list[Prompt]]] = {
     "shapes": load_shapes,
     "jsonl": load_jsonl,
     "hub": load_hub,
+    "coin": load_coin,
+    "mfe_etp": load_mfe_etp,
 }
 """By `type:`, what loads a split under a name. A new task is a file with such a function and a row here."""
 
@@ -198,15 +202,19 @@ def _rank(seed: int, text: str) -> int:
 
 
 def _name(config: TaskConfig) -> str:
-    """`gsm8k` of `data/gsm8k.jsonl.gz` or `openai/gsm8k`; a generator goes by its type or kind."""
+    """`gsm8k` of `data/gsm8k.jsonl.gz` or `openai/gsm8k`, `gqa` of `gqa/train.json`; others go by kind or type."""
     if config.label is not None:
         return config.label
-    if isinstance(config, ArithmeticTask):
-        return config.type
-    if isinstance(config, ShapesTask):
-        return config.kind
-    name = PurePath(config.path).name
-    return name.split(".")[0] or name
+    match config:
+        case ArithmeticTask():
+            return config.type
+        case ShapesTask():
+            return config.kind
+        case MfeEtpTask():
+            return config.kinds[0] if len(config.kinds) == 1 else config.type
+    path = PurePath(config.path)
+    name = path.name.split(".")[0] or path.name
+    return path.parent.name or name if isinstance(config, CoinTask) and name == "train" else name
 
 
 def _unused(name: str, taken: set[str]) -> str:
@@ -219,10 +227,12 @@ def _unused(name: str, taken: set[str]) -> str:
 
 def _keeps_none_back(config: TaskConfig) -> bool:
     match config:
-        case JsonlTask():
+        case JsonlTask() | CoinTask():
             return config.holdout == 0 and config.eval_path is None
         case HubTask():
             return config.holdout == 0 and config.eval_split is None
+        case MfeEtpTask():
+            return config.holdout == 0
         case _:
             return False
 
@@ -245,11 +255,14 @@ def _remedy(config: TaskConfig, split: Split) -> str:
             return "raise max_terms or add a kind, so that there are more problems"
         case ShapesTask():
             return "raise size"
-        case JsonlTask():
+        case MfeEtpTask():
+            return f"check {config.path}, `kinds` and `holdout` ({config.holdout}), which leave nothing on this side"
+        case JsonlTask() | CoinTask():
             own, source = "eval_path", config.path if split == "train" else config.eval_path or config.path
         case HubTask():
             own, source = "eval_split", config.path
-    excluded = f" and not excluded whole by {', '.join(config.exclude)}" if config.exclude else ""
+    exclude = () if isinstance(config, CoinTask) else config.exclude
+    excluded = f" and not excluded whole by {', '.join(exclude)}" if exclude else ""
     return (
         f"check that {source} is not empty{excluded}; where `holdout` ({config.holdout}) leaves nothing on this side, "
         f"change it or set `{own}`" + ("; `holdout: 0` leaves the task out of evaluation" if split == "test" else "")

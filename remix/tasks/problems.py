@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from remix.tasks.arithmetic import generate
-from remix.tasks.benchmark import AnswerForm, Benchmark, Fields, HubSource
+from remix.tasks.benchmark import AnswerForm, Benchmark, Fields, GeneratedShapes, HubSource
 from remix.tasks.hub import load_rows, loaded_revision, narrowed
 from remix.tasks.jsonl import read_rows
-from remix.tasks.rows import Row, cell, text
+from remix.tasks.rows import Row, cell, images_of, text
+from remix.tasks.shapes import make_prompts
 from remix.types import Prompt
 
 
@@ -59,19 +60,26 @@ def load_problems(benchmark: Benchmark, data_dir: Path | None = None) -> Problem
 def _generated(benchmark: Benchmark) -> Problems:
     chosen = benchmark.generate
     assert chosen is not None
-    prompts = generate(
-        kinds=chosen.kinds,
-        min_terms=chosen.min_terms,
-        max_terms=chosen.max_terms,
-        split="test",
-        size=benchmark.count,
-        seed=chosen.seed,
-    )
-    rows = (
-        (prompt.id, {"id": prompt.id.rpartition("/")[2], "problem": prompt.content, "answer": prompt.answer})
-        for prompt in prompts
-    )
-    return _problems(benchmark, rows, Fields(), "generated", None, benchmark.count)
+    if isinstance(chosen, GeneratedShapes):
+        each = benchmark.count // len(chosen.shapes)
+        prompts = [prompt for kind in chosen.shapes for prompt in make_prompts(kind, "test", each, chosen.seed)]
+        names = [prompt.id.removeprefix("shapes/") for prompt in prompts]
+    else:
+        prompts = generate(
+            kinds=chosen.kinds,
+            min_terms=chosen.min_terms,
+            max_terms=chosen.max_terms,
+            split="test",
+            size=benchmark.count,
+            seed=chosen.seed,
+        )
+        names = [prompt.id.rpartition("/")[2] for prompt in prompts]
+    rows = [
+        (prompt.id, {"id": name, "problem": prompt.content, "answer": prompt.answer})
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    images = [prompt.images for prompt in prompts]
+    return _problems(benchmark, rows, Fields(), "generated", None, benchmark.count, images)
 
 
 def _local(benchmark: Benchmark, name: str, data_dir: Path) -> Path:
@@ -89,8 +97,15 @@ def _kept(rows: Iterable[Row], hub: HubSource) -> Iterator[Row]:
 
 
 def _problems(
-    benchmark: Benchmark, rows: Iterable[Row], fields: Fields, source: str, revision: str | None, count: int
+    benchmark: Benchmark,
+    rows: Iterable[Row],
+    fields: Fields,
+    source: str,
+    revision: str | None,
+    count: int,
+    images: Sequence[tuple[str, ...]] | None = None,
 ) -> Problems:
+    """`images`: of generated problems, in order; others name them in a column."""
     prompts: list[Prompt] = []
     golds: list[tuple[str, ...]] = []
     for number, (where, row) in enumerate(rows):
@@ -102,6 +117,7 @@ def _problems(
                 content=text(row, "problem", fields.problem, where),
                 answer=accepted[0],
                 task=benchmark.name,
+                images=images_of(row, fields.images, where) if images is None else images[number],
             )
         )
         golds.append(accepted)
@@ -142,5 +158,7 @@ def _gold(answer: str, form: AnswerForm, where: str) -> str:
 def _digest(prompts: list[Prompt], golds: list[tuple[str, ...]]) -> str:
     digest = hashlib.sha256()
     for prompt, accepted in zip(prompts, golds, strict=True):
-        digest.update(json.dumps([prompt.content, *accepted], ensure_ascii=False).encode() + b"\n")
+        # By their names: a copy in another folder is the same benchmark.
+        seen = [[PurePath(reference).name for reference in prompt.images]] if prompt.images else []
+        digest.update(json.dumps([prompt.content, *accepted, *seen], ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from remix.config import HubTask, JsonlTask
@@ -37,7 +37,7 @@ def to_prompts(rows: Iterable[Row], config: JsonlTask | HubTask, task: str) -> l
         origins[identity] = where
         content = _content(row, config.problem, where)
         solution = "" if config.solution is None else text(row, "solution", config.solution, where)
-        images = () if isinstance(config, HubTask) else _images(row, config, where)
+        images = images_of(row, None if isinstance(config, HubTask) else config.images, where)
         answer = text(row, "answer", config.answer, where)
         prompts.append(Prompt(identity, content, answer, task, images=images, solution=solution))
     return prompts
@@ -47,7 +47,7 @@ def cut(prompts: list[Prompt], share: float, split: Split) -> list[Prompt]:
     """The `share` that is held out (test), or the rest (train).
 
     A hash of the problem decides, so that a problem stays on its side whatever else the data set holds, and copies
-    of it stay together.
+    of it stay together. Where it has images, the file name of the first decides: all questions about it stay together.
     """
     return [prompt for prompt in prompts if (_hash(prompt) < share) == (split == "test")]
 
@@ -60,9 +60,9 @@ def problem_text(prompt: Prompt) -> str:
 
 
 def _hash(prompt: Prompt) -> float:
-    """Uniform on [0, 1), from the text alone; where there are images, one question is many problems, by their names."""
-    asked = "/".join([problem_text(prompt).strip(), *(Path(reference).name for reference in prompt.images)])
-    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:6]) / 2**48
+    """Uniform on [0, 1), from the first image's file name, or the text where there is none."""
+    text = PurePath(prompt.images[0]).name if prompt.images else problem_text(prompt).strip()
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
 def cell(row: Mapping[str, Any], key: str, column: str, where: str) -> Any:
@@ -106,16 +106,16 @@ def _content(row: Mapping[str, Any], column: str, where: str) -> str | tuple[Mes
     return text(row, "problem", column, where)
 
 
-def _images(row: Mapping[str, Any], config: JsonlTask, where: str) -> tuple[str, ...]:
-    """Paths, as they are opened from the working directory."""
-    if config.images is None:
+def images_of(row: Mapping[str, Any], column: str | None, where: str) -> tuple[str, ...]:
+    """Paths, as they are opened from the working directory; none without a column of them."""
+    if column is None:
         return ()
-    found = cell(row, "images", config.images, where)
+    found = cell(row, "images", column, where)
     paths = [] if is_empty(found) else found if isinstance(found, list) else [found]
     odd = next((path for path in paths if not isinstance(path, str) or not path.strip()), None)
     if odd is not None:
         raise ValueError(
-            f"{where}: the images (column '{config.images}') hold {quotable(repr(odd))}, which is no path; write one "
+            f"{where}: the images (column '{column}') hold {quotable(repr(odd))}, which is no path; write one "
             "path, or a list of them"
         )
     folder = Path(where.rpartition(":")[0]).parent

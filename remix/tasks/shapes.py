@@ -48,13 +48,13 @@ COLOURS = {
     "orange": (250, 140, 20),
     "white": (255, 255, 255),
 }
-BACKGROUNDS = (0, 20, 40, 60)
+BACKGROUNDS = range(0, 61, 5)
 """Levels of grey, all darker than any figure."""
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 SIDES = ("top", "right", "bottom", "left")
 """Clockwise: what a triangle points to after so many quarter turns."""
 PLACES = {"middle": (15, 15), "top": (15, 8), "right": (23, 15), "bottom": (15, 23), "left": (8, 15)}
-"""Centres of a single figure, each up to 2 pixels off either way."""
+"""Centres of a single figure, each up to a pixel off either way."""
 
 # Digits of 5 x 7 pixels of their own, a row each, so that no font's version changes a picture.
 _GLYPHS = {
@@ -191,8 +191,8 @@ def _paint(pen: ImageDraw.ImageDraw, figure: Figure, background: tuple[int, int,
 def _one(rng: random.Random, shape: str) -> tuple[int, str, Figure]:
     """Background, place and figure of a picture of one figure."""
     place = rng.choice([*PLACES])
-    x, y = (centre + rng.randint(-2, 2) for centre in PLACES[place])
-    figure = Figure(shape, rng.choice([*COLOURS]), x, y, rng.randint(4, 6))
+    x, y = (centre + rng.randint(-1, 1) for centre in PLACES[place])
+    figure = Figure(shape, rng.choice([*COLOURS]), x, y, rng.randint(5, 6))
     return rng.choice(BACKGROUNDS), place, figure
 
 
@@ -266,9 +266,9 @@ def _count(rng: random.Random) -> Scene:
 
 
 def _digit(rng: random.Random) -> Scene:
-    digit, dot = rng.choice([*_GLYPHS]), rng.randint(2, 3)
-    x, y = (15 + rng.randint(-3, 3) for _ in range(2))
-    return Scene(rng.choice(BACKGROUNDS), (Figure(digit, rng.choice([*COLOURS]), x, y, dot),), digit)
+    digit = rng.choice([*_GLYPHS])
+    x, y = (16 + rng.randint(-2, 2) for _ in range(2))
+    return Scene(rng.choice(BACKGROUNDS), (Figure(digit, rng.choice([*COLOURS]), x, y, 3),), digit)
 
 
 _COLOUR_WORDS = tuple(COLOURS)

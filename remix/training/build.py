@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from remix import checkpoint
-from remix.config import HFEngineConfig, Recipe, dump_recipe
+from remix.config import HFEngineConfig, Recipe, VLLMEngineConfig, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
 from remix.merging.continual import Alignment, saved_snapshot
 from remix.models.adapters import adapter_config, engine_weights, trained_share
-from remix.models.loading import load_actor_critic, load_processor, load_tokenizer
+from remix.models.loading import load_actor_critic, load_processor, load_tokenizer, sees_images
 from remix.models.policy import Policy
-from remix.models.vision import Vision
+from remix.models.vision import Vision, check_vllm
 from remix.replay import ReplayBuffer, remove_shards
 from remix.rewards import RewardSuite
 from remix.rollout.demonstrate import Demonstrations
@@ -60,6 +60,8 @@ def open_trainer(
     train = load_tasks(recipe.tasks, "train")
     asked = () if recipe.eval.benchmarks else recipe.eval.tasks or recipe.tasks
     held_out = load_tasks(asked, "test") if asked else []
+    if isinstance(recipe.rollout.engine, VLLMEngineConfig) and sees_images(recipe.model):
+        check_vllm(recipe.model.path)
     processor = load_processor(recipe.model, needed=any(prompt.images for prompt in _prompts([train, held_out])))
     tokenizer = load_tokenizer(recipe.model, processor)
     train, held_out = (_encoded(sets, recipe, tokenizer, processor) for sets in (train, held_out))
@@ -97,7 +99,7 @@ def open_trainer(
         cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         exams = build_exams(recipe, policy, held_out, rewards, stack)
-        engine = build_engine(recipe, policy, exams, progress.message)
+        engine = build_engine(recipe, policy, train, exams, progress.message)
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
         stack.callback(cluster.stop_trackers)
@@ -178,7 +180,9 @@ def _hf_engine(policy: Policy, batch_size: int) -> HFEngine:
     )
 
 
-def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message: Callable[[str], None]) -> Engine:
+def build_engine(
+    recipe: Recipe, policy: Policy, train: Sequence[TaskSet], exams: Sequence[Exam], message: Callable[[str], None]
+) -> Engine:
     """What samples: transformers on the trainer's own module, or vLLM with a copy of the weights.
 
     `message` is told when an engine in its own process is started again.
@@ -186,6 +190,7 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
     config = recipe.rollout.engine
     if isinstance(config, HFEngineConfig):
         return _hf_engine(policy, config.batch_size)
+    prompts = [*_prompts([train]), *(prompt for exam in exams for prompt in exam.prompts)]
     arguments: dict[str, Any] = {
         "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,
@@ -198,6 +203,8 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
         "kv_cache_gib": config.kv_cache_gib,
         "enforce_eager": config.enforce_eager,
         "seed": recipe.seed,
+        "images": max(len(prompt.images) for prompt in prompts),
+        "never": policy.module.never,
     }
     if config.lora == "hot_swap":
         arguments["lora"] = adapter_config(policy.module.lm)

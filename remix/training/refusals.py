@@ -12,6 +12,7 @@ from remix.config import (
     IA3Adapter,
     LayersAdapter,
     LoraAdapter,
+    MfeEtpTask,
     PrefixAdapter,
     PromptAdapter,
     Recipe,
@@ -33,7 +34,7 @@ def refuse_contradictions(recipe: Recipe, world_size: int) -> None:
     problems = [*_models(recipe), *_start(recipe), *_batch(recipe, world_size), *_data(recipe), *_phases(recipe)]
     shape = None if problems else find_shape(recipe.model)
     if shape is not None:
-        problems += [*_lengths(recipe, shape), *_adapter(recipe, shape)]
+        problems += [*_lengths(recipe, shape), *_adapter(recipe, shape), *_images(recipe, shape)]
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -103,8 +104,9 @@ def _batch(recipe: Recipe, world_size: int) -> Iterator[str]:
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
-    """A generated task has `size` problems, any other at most `limit`, if it is set."""
-    sizes = [task.size if isinstance(task, ArithmeticTask | ShapesTask) else task.limit for task in recipe.tasks]
+    """A generated task has `size` problems, any other at most `limit`, if it has one and it is set."""
+    generated = ArithmeticTask | ShapesTask
+    sizes = [t.size if isinstance(t, generated) else getattr(t, "limit", None) for t in recipe.tasks]
     known = [size for size in sizes if size is not None]
     if len(known) == len(sizes) and sum(known) < recipe.batch.prompts:
         yield (
@@ -139,6 +141,16 @@ def _lengths(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
             f"prompt.max_tokens {recipe.prompt.max_tokens} + rollout.max_tokens {recipe.rollout.max_tokens}{virtual} "
             f"exceeds the model's {shape.positions} positions: lower either"
         )
+
+
+def _images(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
+    """Where the matrices are known, the model is a decoder of text alone."""
+    for index, task in enumerate(recipe.tasks):
+        if shape.linears is not None and (isinstance(task, ShapesTask | MfeEtpTask) or getattr(task, "images", None)):
+            yield (
+                f"tasks.{index} has images, and {recipe.model.path} is a text model: set model.path to a "
+                "vision-language model, or leave the task out"
+            )
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Iterator[str]:

@@ -36,6 +36,7 @@ COUNTS = {
     "gsm8k": 1319,
     "aime_1983_2023": 975,
     "arithmetic": 512,
+    "shapes": 384,
 }
 
 
@@ -275,7 +276,7 @@ def test_real_files(name):
     assert len(found.prompts) == len(found.golds) == COUNTS[name]
     assert len({prompt.id for prompt in found.prompts}) == COUNTS[name]
     assert all(prompt.id.startswith(f"{name}/") for prompt in found.prompts)
-    assert len({prompt.content for prompt in found.prompts}) == COUNTS[name]
+    assert len({(prompt.content, prompt.images) for prompt in found.prompts}) == COUNTS[name]
     assert all(prompt.answer == golds[0] for prompt, golds in zip(found.prompts, found.golds, strict=True))
     assert not any("$" in gold for golds in found.golds for gold in golds) or name in ("math500", "minerva_math")
 

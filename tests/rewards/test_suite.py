@@ -52,6 +52,17 @@ def test_exact_match_of_the_whole_response():
     assert verdicts == ["correct", "wrong", "no_answer"]
 
 
+def test_exact_match_of_words_alone():
+    def verdicts(answer: str, *responses: str) -> list[str]:
+        return [s.verdict[0] for s in score([ExactMatchReward(normalize=True)], *responses, answer=answer)]
+
+    assert verdicts("3,1,2", "3, 1,2", "[3 1 2].", "3,2,1", "312", " ") == ["c", "c", "w", "w", "n"]
+    assert verdicts("Place_inside", "'place_inside'.", "PLACE_INSIDE", "place inside") == ["c", "c", "w"]
+    assert verdicts("-1.5", "-1.5", "1.5", "-15", "-1,5") == ["c", "w", "w", "w"]
+    assert verdicts("+", "+", "-", "plus") == ["c", "w", "w"]  # no word at all: as it stands
+    assert verdicts("Übung", "übung!", "ubung") == ["c", "w"]
+
+
 def test_math_verdicts_and_values():
     scores = score([MathReward(timeout=30, workers=1)], r"\boxed{\frac{32}{2}}", r"\boxed{17}", "hm", answer="16")
     assert [(s.value, s.verdict) for s in scores] == [(1, "correct"), (0, "wrong"), (0, "no_answer")]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from remix.config import PromptConfig
 from remix.tasks import encode
@@ -116,3 +121,70 @@ def test_overlong():
 
 def test_no_prompts():
     assert encode([], tokenizer(), PromptConfig()) == []
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+PARTS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def processor(chat: str | None = None) -> LlavaProcessor:
+    """Two places for each image of 8 x 16 pixels, in patches of 8."""
+    letters = tokenizer(chat)
+    letters.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = {"height": 8, "width": 16}
+    pixels = CLIPImageProcessorPil(size=size, crop_size=size)
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return LlavaProcessor(pixels, letters, chat_template=chat, **options)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> tuple[str, str]:
+    paths = [str(tmp_path / f"{colour}.png") for colour in ("red", "blue")]
+    for path in paths:
+        Image.new("RGB", (16, 8), Path(path).stem).save(path)
+    return paths[0], paths[1]
+
+
+def seen(content: object, images: tuple[str, ...], written: str | None = None, **config: object) -> str:
+    reader = processor(written)
+    problem = replace(prompt(content), images=images)
+    (encoded,) = encode([problem], reader.tokenizer, PromptConfig(**config), reader)
+    names = {len(LETTERS) + 1: "@"}
+    return "".join(names.get(token) or LETTERS[token] for token in encoded.token_ids)
+
+
+def test_images_stand_before_the_text_or_where_it_says(pictures):
+    assert seen("1+1", pictures[:1]) == "@@1+1"
+    assert seen("1+1", pictures, template="Q: {problem}") == "@@@@Q: 1+1"
+    assert seen("a<image>b<image>c", pictures, system="S") == "S\n\na@@b@@c"
+    assert seen("1+1", ()) == "1+1"
+    with pytest.raises(ValueError, match=r"'p' says <image> 1 times, but has 2 images: say it once for each"):
+        seen("a<image>b", pictures)
+
+
+def test_images_in_a_conversation_are_of_the_turn_that_asks(pictures):
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
+    asked = "<user>a</><assistant>b</><user>@@[c]</><assistant>"
+    assert seen(turns, pictures[:1], PARTS, template="[{problem}]") == asked
+    assert seen("a<image>b", pictures[:1], PARTS, system="S") == "<system>S</><user>a@@b</><assistant>"
+    assert seen("a", (), PARTS) == "<user>a</><assistant>"
+    assert seen("a", pictures[:1], PARTS, chat="never") == "@@a"
+
+
+def test_no_end_of_a_prompt_with_images_is_cut_off(pictures):
+    with pytest.raises(ValueError, match=r"'p' has 5 tokens, prompt.max_tokens is 4; raise it, or set .* to 'drop'\Z"):
+        seen("1+1", pictures[:1], max_tokens=4, overlong="truncate")
+    reader = processor()
+    prompts = [replace(prompt("1+1"), images=pictures[:1]), replace(prompt("1", "short"), images=pictures[:1])]
+    kept = encode(prompts, reader.tokenizer, PromptConfig(max_tokens=4, overlong="drop"), reader)
+    assert [p.id for p in kept] == ["short"]
+
+
+def test_a_text_model_reads_no_images(pictures):
+    with pytest.raises(ValueError, match=r"'p' has images, and the model reads text alone: choose a vision-language"):
+        encode([replace(prompt(), images=pictures[:1])], tokenizer(), PromptConfig())

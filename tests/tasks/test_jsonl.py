@@ -202,3 +202,31 @@ def test_real_files_load_whole(name, rows):
     assert len(train) + len(test) == rows
     assert 0.015 * rows < len(test) < 0.025 * rows
     assert not {p.content for p in train} & {p.content for p in test}
+
+
+def test_images_are_paths_beside_the_file(tmp_path):
+    rows = [{"problem": "p", "answer": 1, "pics": pics} for pics in ("a.png", ["b/c.png", "d.png"], [], None, "/e.png")]
+    prompts = load(path=write(tmp_path / "x.jsonl", *rows), id=None, images="pics")
+    inside = [tuple(str(tmp_path / name) for name in names) for names in (["a.png"], ["b/c.png", "d.png"])]
+    assert [p.images for p in prompts] == [*inside, (), (), ("/e.png",)]
+    assert load(path=write(tmp_path / "y.jsonl", *rows), id=None)[0].images == ()
+
+
+@pytest.mark.parametrize("pics", [3, [3], [""], {"path": "a.png"}])
+def test_what_is_no_path_is_refused(tmp_path, pics):
+    path = write(tmp_path / "x.jsonl", {"problem": "p", "answer": 1, "pics": pics})
+    assert "x.jsonl:1: the images (column 'pics') hold" in refuses(path, id=None, images="pics")
+    assert "no column 'picture'" in refuses(path, id=None, images="picture")
+
+
+def test_one_question_about_many_pictures_is_on_both_sides(tmp_path):
+    """The held-out share is cut by question and pictures, whatever folder they lie in."""
+    rows = [{"problem": "What colour?", "answer": "red", "pics": f"{i}.png"} for i in range(200)]
+    sides = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        path = write(tmp_path / folder / "x.jsonl", *rows)
+        held_out = load("test", path=path, id=None, images="pics", holdout=0.3)
+        assert 30 < len(held_out) < 90
+        sides.append([p.id for p in held_out])
+    assert sides[0] == sides[1]

@@ -17,6 +17,7 @@ from remix.models.vision import Vision
 from remix.replay import read_shard, shard_path
 from remix.rollout.hf import HFEngine
 from remix.training.finish import finish
+from remix.training.plan import make_plan
 from remix.types import Request, Sampling
 from tests.tiny import MIX, make_picture_task, make_tiny_vision_model, opened, tiny_recipe, weights_of
 from tests.training.test_degenerate import metrics_of
@@ -110,11 +111,10 @@ def test_a_stored_rollout_can_be_replayed_from_its_shard(
         torch.testing.assert_close(score.logprobs, rollout.behaviour_logprobs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{"advantage": PPO}, {"adapter": LORA}], ids=["ppo", "lora"])
 def test_a_resumed_run_on_images_is_the_run_it_would_have_been(
-    tiny_vision_model: Path, tmp_path: Path, task: dict[str, Any], changes: dict[str, Any]
+    tiny_vision_model: Path, tmp_path: Path, task: dict[str, Any]
 ) -> None:
-    changes = {"phases": PHASES, "kl": KL, "steps": 4, **changes}
+    changes = {"phases": PHASES, "kl": KL, "steps": 4, "advantage": PPO}
     whole = run(recipe_of(tiny_vision_model, tmp_path / "whole", task, **changes))
     run(recipe_of(tiny_vision_model, tmp_path / "parts", task, **changes, max_steps=2))
     parts = run(recipe_of(tiny_vision_model, tmp_path / "parts", task, **changes), resume=True)
@@ -214,3 +214,12 @@ def test_a_model_that_reads_images_in_its_own_way(
     (model / "processor_config.json").write_text(json.dumps(config | {"num_additional_image_tokens": 2}))
     said = refusal(recipe_of(model, tmp_path / "run", task))
     assert "a model of type llava reads images in a way that is not supported (" in said
+
+
+def test_the_plan_refuses_images_for_a_text_model(tiny_model: Path, tmp_path: Path, task: dict[str, Any]) -> None:
+    said = r"\Atasks\.1 has images, and .* is a text model: set model\.path to a vision-language model"
+    text = {"type": "arithmetic", "kinds": ["sum"], "size": 32}
+    for images in (task, {"type": "shapes", "kind": "count"}):
+        recipe = tiny_recipe(tiny_model, tmp_path / "run", {"tasks": [text, images]})
+        with pytest.raises(ValueError, match=said):
+            make_plan(recipe)
