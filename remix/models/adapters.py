@@ -59,6 +59,10 @@ def add_adapter(lm: Any, config: AdapterConfig) -> Any:
             adapted = get_peft_model(lm, _peft_config(config, list(trained)), adapter_name=ADAPTER)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{key}: {error}") from error
+    if isinstance(config, PromptAdapter) and config.init == "random":
+        # PEFT draws them from N(0, 1), up to fifty times as wide as embeddings are.
+        with torch.no_grad():
+            adapted.prompt_encoder[ADAPTER].embedding.weight.mul_(lm.get_input_embeddings().weight.float().std())
     if isinstance(config, LayersAdapter):
         _train_copies(adapted, trained)
     elif {lm.get_input_embeddings(), lm.get_output_embeddings()} & set(_adapter_layers(adapted)):
