@@ -151,7 +151,8 @@ def backbone_inputs(lm: Any, input_ids_BS: Tensor) -> tuple[dict[str, Any], int]
     before = lm.get_prompt(batch_size=len(input_ids_BS))
     if lm.active_peft_config.peft_type == "PREFIX_TUNING":
         return {"input_ids": input_ids_BS, "past_key_values": before}, 0
-    embedded = lm.word_embeddings(input_ids_BS)
+    # Not PEFT's `word_embeddings`: the first weight with as many rows as there are tokens, whatever it is.
+    embedded = lm.get_base_model().get_input_embeddings()(input_ids_BS)
     return {"inputs_embeds": torch.cat([before.to(embedded.dtype), embedded], 1)}, before.shape[1]
 
 

@@ -198,7 +198,7 @@ WORDS = {
     "ia3": ("(IA)³ on k_proj, v_proj, down_proj", "all weights after each step, the adapter merged into them"),
     "prefix": ("a prefix of 5 tokens", "the trainer's own module"),
     "prompt": ("a prompt of 5 tokens", "the trainer's own module"),
-    "layers": ("the last 1 blocks, norms, biases", "all weights after each step, the adapter merged into them"),
+    "layers": ("the last block, norms, biases", "all weights after each step, the adapter merged into them"),
 }
 
 
