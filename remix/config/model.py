@@ -108,18 +108,21 @@ class PrefixAdapter(AdapterBlock):
     """Trained keys and values before the first token, in every layer (arXiv 2101.00190)."""
 
     type: Literal["prefix"] = "prefix"
-    tokens: VirtualTokens = 16
+    tokens: VirtualTokens = 4
+    """Few: until they are trained, each takes the policy further from the base model."""
     init: Literal["zero", "random"] = "zero"
-    """zero: at first they take attention and give nothing, which leaves the policy closer to the base model."""
+    """zero: at first they take attention and give nothing."""
 
 
 class PromptAdapter(AdapterBlock):
     """Trained embeddings before the first token (arXiv 2104.08691)."""
 
     type: Literal["prompt"] = "prompt"
-    tokens: VirtualTokens = 16
-    init: Literal["vocabulary", "random"] = "vocabulary"
-    """vocabulary: they begin as the embeddings of tokens drawn at random."""
+    tokens: VirtualTokens = 4
+    """Few, as of a prefix."""
+    init: Literal["random", "vocabulary"] = "random"
+    """random: as wide as the model's embeddings, meaning nothing. vocabulary: the embeddings of tokens drawn at random,
+    which a model may take as part of its prompt."""
 
 
 class LayersAdapter(AdapterBlock):

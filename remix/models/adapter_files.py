@@ -28,6 +28,12 @@ def read_config(folder: Path, what: str) -> dict[str, Any]:
         config["peft_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{what}: {files.ADAPTER_CONFIG} is not readable: {error}") from None
+    if config.get("tokenizer_name_or_path"):
+        raise ValueError(
+            f"{what}: it names a tokenizer to load, {config['tokenizer_name_or_path']}, as an initial text had it: set "
+            f"prompt_tuning_init to RANDOM in its {files.ADAPTER_CONFIG} and all about a tokenizer there to null; its "
+            "weights do not depend on it"
+        )
     return dict(config)
 
 

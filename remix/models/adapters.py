@@ -60,6 +60,10 @@ def add_adapter(lm: Any, config: AdapterConfig) -> Any:
             adapted = get_peft_model(lm, _peft_config(config, list(trained)), adapter_name=ADAPTER)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{key}: {error}") from error
+    if isinstance(config, PromptAdapter) and config.init == "random":
+        # PEFT draws them from N(0, 1), up to fifty times as wide as embeddings are.
+        with torch.no_grad():
+            adapted.prompt_encoder[ADAPTER].embedding.weight.mul_(lm.get_input_embeddings().weight.float().std())
     if isinstance(config, LayersAdapter):
         _train_copies(adapted, trained)
     elif {lm.get_input_embeddings(), lm.get_output_embeddings()} & set(_adapter_layers(adapted)):
@@ -148,7 +152,8 @@ def backbone_inputs(lm: Any, input_ids_BS: Tensor) -> tuple[dict[str, Any], int]
     before = lm.get_prompt(batch_size=len(input_ids_BS))
     if lm.active_peft_config.peft_type == "PREFIX_TUNING":
         return {"input_ids": input_ids_BS, "past_key_values": before}, 0
-    embedded = lm.word_embeddings(input_ids_BS)
+    # Not PEFT's `word_embeddings`: the first weight with as many rows as there are tokens, whatever it is.
+    embedded = lm.get_base_model().get_input_embeddings()(input_ids_BS)
     return {"inputs_embeds": torch.cat([before.to(embedded.dtype), embedded], 1)}, before.shape[1]
 
 

@@ -220,7 +220,8 @@ def _adapter_in_words(recipe: Recipe) -> str:
         case PromptAdapter():
             words = f"a prompt of {adapter.tokens} tokens"
         case LayersAdapter():
-            blocks = [f"the last {adapter.last_blocks} blocks"] if adapter.last_blocks else []
+            last = "the last block" if adapter.last_blocks == 1 else f"the last {adapter.last_blocks} blocks"
+            blocks = [last] if adapter.last_blocks else []
             words = ", ".join([*blocks, *(name for name in ("norms", "biases", "head") if getattr(adapter, name))])
         case _:
             return "all weights"

@@ -166,6 +166,18 @@ def test_what_is_trained_is_float32_under_a_bfloat16_base(tiny_model: Path, kind
     assert any(g is not None and g.abs().max() > 0 for g in gradients)
 
 
+def test_virtual_tokens_begin_quietly(tiny_model: Path) -> None:
+    prefix = adapted(tiny_model, "prefix").module.lm.prompt_encoder["policy_adapter"].embedding.weight
+    assert torch.equal(prefix, torch.zeros_like(prefix))
+    many = {"type": "prompt", "tokens": 256}
+    lm = policy_of(tiny_model, adapter=many).module.lm
+    drawn, embeddings = lm.prompt_encoder["policy_adapter"].embedding.weight, lm.get_input_embeddings().weight
+    assert drawn.std().item() == pytest.approx(embeddings.std().item(), rel=0.05)
+    lm = policy_of(tiny_model, adapter={**many, "init": "vocabulary"}).module.lm
+    for row in lm.prompt_encoder["policy_adapter"].embedding.weight[:8]:
+        assert (row == embeddings).all(-1).any()
+
+
 # --- layers -------------------------------------------------------------------------------------------------------
 
 

@@ -164,16 +164,13 @@ def test_vllm_has_the_merged_weights(vllm_model: Path, tmp_path: Path, kind: str
         assert line["sampler/mismatch_max"] < 1e-3
 
 
-def test_a_lora_is_swapped_into_vllm_and_the_run_resumes_exactly(vllm_model: Path, tmp_path: Path) -> None:
-    whole = fitted(swapped(vllm_model, tmp_path / "whole"))
-    for line in metrics_of(tmp_path / "whole"):
+def test_a_lora_is_swapped_into_vllm_in_this_process_or_its_own(vllm_model: Path, tmp_path: Path) -> None:
+    here = fitted(swapped(vllm_model, tmp_path / "here"))
+    for line in metrics_of(tmp_path / "here"):
         assert line["sampler/probe"] < 1e-5
         assert line["sampler/mismatch_max"] < 1e-4
-    shorter = swapped(vllm_model, tmp_path / "parts").model_copy(update={"max_steps": 2})
-    fitted(shorter)
-    # In a process of its own it computes the same.
-    parts = fitted(swapped(vllm_model, tmp_path / "parts", own_process=True), resume=True)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    there = fitted(swapped(vllm_model, tmp_path / "there", own_process=True))
+    assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 def test_a_lora_that_is_not_taken_over_is_caught(vllm_model: Path, tmp_path: Path) -> None:
@@ -201,7 +198,7 @@ WORDS = {
     "ia3": ("(IA)³ on k_proj, v_proj, down_proj", "all weights after each step, the adapter merged into them"),
     "prefix": ("a prefix of 5 tokens", "the trainer's own module"),
     "prompt": ("a prompt of 5 tokens", "the trainer's own module"),
-    "layers": ("the last 1 blocks, norms, biases", "all weights after each step, the adapter merged into them"),
+    "layers": ("the last block, norms, biases", "all weights after each step, the adapter merged into them"),
 }
 
 
