@@ -169,6 +169,11 @@ def test_slerp_is_straight_where_there_is_no_arc():
     close(slerp(ZERO, [X, X + Y], [1, 1], threshold=0.5), 1.0, 0.5)  # cos 45° is above .5
 
 
+def test_slerp_is_of_two():
+    with pytest.raises(ValueError, match="exactly 2 models or adapters, not 3; karcher merges any number"):
+        slerp(ZERO, [X, Y, X], [1, 1, 1])
+
+
 def test_karcher_is_the_middle_of_the_arc():
     close(karcher(ZERO, [X, Y], [2, 1]), math.sqrt(3) / 2, 0.5)  # 30° from the first
     close(karcher(ZERO, [3 * X, Y], [1, 1]), math.sqrt(2), math.sqrt(2))  # 45°, of length (3 + 1)/2
@@ -325,8 +330,10 @@ def test_what_has_no_direction_is_not_aligned():
         align(task, global_, share=0.5, importance=torch.ones(3))
 
 
-def test_alignment_keeps_the_tasks_dtype():
-    aligned, _ = align(torch.tensor([-1.0, 1.0], dtype=torch.bfloat16), torch.tensor([1.1, 1.0]), share=1.0)
+def test_alignment_keeps_the_tasks_dtype_and_no_gradient():
+    task = torch.tensor([-1.0, 1.0], dtype=torch.bfloat16, requires_grad=True)
+    aligned, _ = align(task, torch.tensor([1.1, 1.0]), share=1.0)
+    assert not aligned.requires_grad
     assert aligned.dtype == torch.bfloat16
     assert aligned.tolist() == [1.1015625, 1.0]
 
