@@ -5,7 +5,6 @@ An adapter is merged into the weights under either engine, so that both sample f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -114,12 +113,15 @@ def find_subject(
     """Raises ValueError with the remedy where model or adapter cannot be had, or do not belong together."""
     folder = files.find(model, revision, files.MODEL_FILES, "--model")
     if not (folder / "config.json").exists() and (folder / files.ADAPTER_CONFIG).exists():
-        base = _recorded_base(folder) or "its base model"
+        base = files.recorded_base(folder) or "its base model"
         raise ValueError(f"--model {model} is an adapter: give --model {base} --adapter {model}")
     adapter_folder = None
     if adapter is not None:
         adapter_folder = files.find(adapter, None, files.ADAPTER_FILES, "--adapter")
-        _check_base(adapter, adapter_folder, model, folder)
+        try:
+            files.check_base(adapter, adapter_folder, model, folder, "--model")
+        except ValueError as error:
+            raise ValueError(f"--adapter {error}") from None
     try:
         check_model_directory(folder)
     except ValueError as error:
@@ -139,43 +141,3 @@ def find_subject(
 def _place(path: str) -> str:
     """A directory from the root, a hub id as it is."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
-def _check_base(adapter: str, adapter_folder: Path, model: str, folder: Path) -> None:
-    """Shapes alone do not tell a base from its instruct version; the adapter says what it was trained on."""
-    if not (adapter_folder / files.ADAPTER_CONFIG).exists():
-        raise ValueError(f"--adapter {adapter}: no {files.ADAPTER_CONFIG} there, as PEFT saves it")
-    try:
-        files.check_adapter(adapter_folder)
-    except ValueError as error:
-        raise ValueError(f"--adapter {error}") from None
-    recorded = _recorded_base(adapter_folder)
-    if recorded is None or _same_model(recorded, model, folder):
-        return
-    raise ValueError(
-        f"--adapter {adapter} was trained on another base, {recorded}, not on {model}: give --model {recorded}; "
-        f"if both are the same weights, correct base_model_name_or_path in its {files.ADAPTER_CONFIG}"
-    )
-
-
-def _recorded_base(adapter_folder: Path) -> str | None:
-    try:
-        recorded = json.loads((adapter_folder / files.ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"--adapter {adapter_folder}: {files.ADAPTER_CONFIG} is not readable: {error}") from None
-    return str(recorded) if recorded else None
-
-
-def _same_model(recorded: str, model: str, folder: Path) -> bool:
-    """By name, by place, by the last part of the name (a local copy of a hub model), or by the weights themselves."""
-    if recorded == model or Path(recorded).name.lower() in (Path(model).name.lower(), folder.name.lower()):
-        return not Path(recorded).is_dir() or _same_weights(Path(recorded), folder)
-    in_hub_cache = f"models--{recorded.replace('/', '--')}" in folder.parts
-    return in_hub_cache or (Path(recorded).is_dir() and _same_weights(Path(recorded), folder))
-
-
-def _same_weights(one: Path, other: Path) -> bool:
-    if one.resolve() == other.resolve():
-        return True
-    first, second = (files.fingerprint(folder, ["*.safetensors"])["sha256"] for folder in (one, other))
-    return bool(first == second)
