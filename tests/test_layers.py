@@ -25,7 +25,10 @@ FLOORS = {
     "remix.replay": 2,
     "remix.tasks": 2,
     "remix.rewards": 2,
+    "remix.merging.methods": 1,
+    "remix.merging.lora": 1,
     "remix.models": 3,
+    "remix.merging": 3,
     "remix.rollout": 3,
     "remix.checkpoint": 3,
     "remix.tracking": 3,
@@ -50,7 +53,12 @@ DOORS = {
 }
 """The modules that may import a heavy library."""
 
-PURE = {"remix.types": {"torch"}, "remix.algorithms": {"torch"}}
+PURE = {
+    "remix.types": {"torch"},
+    "remix.algorithms": {"torch"},
+    "remix.merging.methods": {"torch"},
+    "remix.merging.lora": {"torch"},
+}
 """Floors 0 and 1 know no third-party package but these."""
 
 
@@ -96,7 +104,7 @@ def test_no_floor_imports_a_higher_one(module: str) -> None:
 
 def test_every_room_has_its_floor() -> None:
     rooms = {".".join(module.split(".")[:2]) for module in MODULES}
-    assert rooms == FLOORS.keys(), "give a new room its row in FLOORS"
+    assert rooms == {name for name in FLOORS if name.count(".") < 2}, "give a new room its row in FLOORS"
 
 
 @pytest.mark.parametrize("library", DOORS)
