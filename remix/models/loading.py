@@ -143,10 +143,10 @@ def naming(folder: Path, tensors: Iterable[str]) -> Naming:
     model = ModelConfig(path=str(folder))
     try:
         config = AutoConfig.from_pretrained(folder)
-        named = getattr(transformers, (config.architectures or [""])[0], None)
-        known_class = isinstance(named, type) and issubclass(named, PreTrainedModel)
+        named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
         with torch.device("meta"):
-            lm = named(config) if known_class else AutoModelForCausalLM.from_config(config)
+            lm = named(config) if is_model else AutoModelForCausalLM.from_config(config)
         lm.tie_weights()
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_not_found(model, "config.json", error)) from error

@@ -97,18 +97,20 @@ def adapter(folder: Path) -> Shards:
     return Shards(folder, (files.ADAPTER_WEIGHTS,))
 
 
-def write(
-    folder: Path, specs: Mapping[str, Spec], limit: int, tensor: Callable[[str], Tensor], stem: str = "model"
-) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """All of them in one file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def write(folder: Path, specs: Mapping[str, Spec], limit: int, tensor: Callable[[str], Tensor]) -> None:
     """Asks for the tensors one after the other and writes them to files of at most `limit` bytes (one tensor may be
     larger); holds one file's worth of them at a time. With more than one file there is an index."""
     groups = _groups(specs, limit)
-    width = f"{len(groups):05d}"
-    names = [f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{i + 1:05d}-of-{width}.safetensors"
-             for i in range(len(groups))]  # fmt: skip
+    count = len(groups)
+    names = [WEIGHTS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for file, group in zip(names, groups, strict=True):
-        save_file({name: tensor(name).contiguous() for name in group}, folder / file, {"format": "pt"})
-    if len(groups) > 1:
+        save(folder / file, {name: tensor(name) for name in group})
+    if count > 1:
         weight_map = {name: file for file, group in zip(names, groups, strict=True) for name in group}
         size = sum(_bytes(spec) for spec in specs.values())
         write_json(folder / files.INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})

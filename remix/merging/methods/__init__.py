@@ -1,6 +1,11 @@
-"""Merge methods: pure functions of one tensor, `(base, task_vectors, weights, **parameters) -> merged`, and their table."""
+"""Merge methods: pure functions of one tensor, `(base, task_vectors, weights, **parameters) -> merged`.
 
-from remix.merging.methods.arithmetic import linear, task_arithmetic, ties
+`arithmetic` sums and votes, `means` takes means on spheres and by statistics, `masks` tells whose an entry is.
+"""
+
+from remix.merging.methods.arithmetic import dare_linear, dare_ties, della, linear, magmax, task_arithmetic, ties
+from remix.merging.methods.masks import align, consensus, misaligned_fraction, pam, tall, tall_mask
+from remix.merging.methods.means import fisher, karcher, model_stock, regmean, slerp
 from remix.merging.methods.table import METHODS, Method, Parameter, check_request, find_method
 from remix.merging.methods.tensors import task_seed
 
@@ -8,9 +13,24 @@ __all__ = [
     "METHODS",
     "Method",
     "Parameter",
+    "align",
     "check_request",
+    "consensus",
+    "dare_linear",
+    "dare_ties",
+    "della",
     "find_method",
+    "fisher",
+    "karcher",
     "linear",
+    "magmax",
+    "misaligned_fraction",
+    "model_stock",
+    "pam",
+    "regmean",
+    "slerp",
+    "tall",
+    "tall_mask",
     "task_arithmetic",
     "task_seed",
     "ties",

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from remix.merging.methods.arithmetic import linear, task_arithmetic, ties
+from remix.merging.methods.arithmetic import dare_linear, dare_ties, della, linear, magmax, task_arithmetic, ties
+from remix.merging.methods.masks import consensus, pam, tall
+from remix.merging.methods.means import fisher, karcher, model_stock, regmean, slerp
 from remix.merging.methods.tensors import normalised
 
 
@@ -62,9 +64,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _number(default: float, meaning: str, low: float = -math.inf, high: float = math.inf) -> Parameter:
-    valid = "a number" if low == -math.inf else f"a number from {low:g}" + (f" to {high:g}" if high < math.inf else "")
+def _number(default: float, meaning: str, low: float, high: float = math.inf) -> Parameter:
+    valid = f"a number from {low:g} to {high:g}" if high < math.inf else f"a number from {low:g}"
     return Parameter(default, meaning, valid, lambda value: _is_number(value) and low <= value <= high)
+
+
+def _count(default: int, meaning: str, low: int) -> Parameter:
+    return Parameter(
+        default,
+        meaning,
+        f"a whole number from {low}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low,
+    )
 
 
 def _choice(default: str, meaning: str, *others: str) -> Parameter:
@@ -78,32 +89,138 @@ def _flag(default: bool, meaning: str) -> Parameter:
 
 _VOTE = {
     "elect": _choice("total", "what elects a sign: summed values, or one vote per task", "frequency"),
-    "elect_weighted": _flag(False, "tasks vote after they are weighted"),
+    "elect_weighted": _flag(False, "whether task vectors vote with their weights"),
     "mean": _choice(
-        "count", "what divides the sum of those that agree: their number, their weight, or 1", "weight", "sum"
+        "count", "what the sum of those that agree is divided by: number, weight, nothing", "weight", "sum"
     ),
-    "scale": _number(1.0, "multiplies the merged task vector"),
+    "scale": Parameter(1.0, "multiplies the merged task vector", "a number", _is_number),
 }
+_TRIM = "share of entries kept of each task vector, the largest"
+_DROP = {
+    "density": _number(0.5, "share of entries kept of each task vector, at random", 0, 1),
+    "rescale": _choice("density", "what makes up for the dropped: division by the chance, the L1 norm", "l1", "none"),
+}
+_ORIGIN = {"origin": _choice("base", "centre of the sphere: task vectors, or the weights themselves", "zero")}
+_THRESHOLD = {"threshold": _number(0.4, "λ of the masks: higher gives each task fewer entries", 0)}
 
 METHODS: dict[str, Method] = {
     "linear": Method(
         linear,
-        "Model soups, arXiv 2203.05482",
-        "weighted mean of the models",
-        {"normalize": _flag(True, "divide by the sum of the weights")},
+        "Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
+        "weighted mean",
+        {"normalize": _flag(True, "whether to divide by the sum of the weights")},
         weights="shares",
     ),
     "task_arithmetic": Method(
         task_arithmetic,
         "Editing Models with Task Arithmetic, arXiv 2212.04089",
-        "weighted sum of the task vectors",
-        {"density": _number(1.0, "share of entries kept of each task vector, the largest", 0, 1)},
+        "weighted sum of task vectors",
+        {"density": _number(1.0, _TRIM, 0, 1)},
     ),
     "ties": Method(
         ties,
         "TIES-Merging: Resolving Interference When Merging Models, arXiv 2306.01708",
         "trim, elect a sign, average what agrees",
-        {"density": _number(0.2, "share of entries kept of each task vector, the largest", 0, 1), **_VOTE},
+        {"density": _number(0.2, _TRIM, 0, 1), **_VOTE},
+    ),
+    "dare_linear": Method(
+        dare_linear,
+        "Language Models are Super Mario (DARE), arXiv 2311.03099",
+        "drop at random, rescale, sum",
+        _DROP,
+        random=True,
+    ),
+    "dare_ties": Method(
+        dare_ties,
+        "Language Models are Super Mario (DARE), arXiv 2311.03099",
+        "drop at random, rescale, elect a sign, average what agrees",
+        {**_DROP, **_VOTE},
+        random=True,
+    ),
+    "della": Method(
+        della,
+        "DELLA-Merging: Magnitude-Based Sampling, arXiv 2406.11617",
+        "drop at random but small entries more often, elect a sign, average what agrees",
+        {
+            **_DROP,
+            "epsilon": _number(0.3, "chance of the largest entry of a row less that of the smallest", 0, 1),
+            **_VOTE,
+        },
+        random=True,
+    ),
+    "magmax": Method(
+        magmax,
+        "MagMax: Leveraging Model Merging for Seamless Continual Learning, arXiv 2407.06322",
+        "the entry of largest magnitude wins",
+    ),
+    "slerp": Method(
+        slerp,
+        "Animating rotation with quaternion curves, SIGGRAPH 1985",
+        "along the arc between two",
+        {**_ORIGIN, "threshold": _number(0.9995, "cosine above which the arc is taken for straight", 0, 1)},
+        min_parents=2,
+        max_parents=2,
+        weights="shares",
+    ),
+    "karcher": Method(
+        karcher,
+        "Riemannian center of mass and mollifier smoothing, CPAM 1977",
+        "centre of mass on the sphere: SLERP of any number",
+        {
+            **_ORIGIN,
+            "iterations": _count(100, "most steps towards the centre", 1),
+            "tolerance": _number(1e-7, "length in radians of a step that is the last", 0),
+        },
+        weights="shares",
+    ),
+    "model_stock": Method(
+        model_stock,
+        "Model Stock: All we need is just a few fine-tuned models, arXiv 2403.19522",
+        "mean, drawn towards the base the more the task vectors differ in direction",
+        min_parents=2,
+        weights="shares",
+    ),
+    "fisher": Method(
+        fisher,
+        "Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832",
+        "mean weighted by how sure each parent is of each entry",
+        {"floor": _number(1e-6, "least information, as a share of the largest", 1e-12, 1)},
+        statistics="fisher",
+        weights="shares",
+    ),
+    "regmean": Method(
+        regmean,
+        "Dataless Knowledge Fusion by Merging Weights of Language Models (RegMean), arXiv 2212.09849",
+        "linear layers by least squares on each parent's own inputs",
+        {
+            "off_diagonal": _number(0.9, "what off-diagonal entries of the Gram matrices are scaled by", 0, 1),
+            "ridge": _number(1e-6, "pull towards the mean, as a share of the mean diagonal", 1e-12),
+        },
+        statistics="gram",
+        weights="shares",
+    ),
+    "tall": Method(
+        tall,
+        "Localizing Task Information for Improved Model Merging and Compression, arXiv 2405.07813",
+        "one task's share of the summed task vectors, by its mask",
+        {"task": _count(0, "whose mask, counted from 0 in the parents' order", 0), **_THRESHOLD},
+    ),
+    "consensus": Method(
+        consensus,
+        "Localizing Task Information for Improved Model Merging and Compression, arXiv 2405.07813",
+        "the summed task vectors without entries that serve too few tasks",
+        {"k": _count(2, "least tasks that an entry must serve", 0), **_THRESHOLD},
+    ),
+    "pam": Method(
+        pam,
+        "Continual Learning in Vision-Language Models via Aligned Model Merging, arXiv 2506.03189",
+        "one after the other: align signs with what is merged so far, average",
+        {
+            "share": _number(0.5, "share of entries, the largest so far, whose sign is kept", 0, 1),
+            "reset": _choice("global", "what replaces an entry of the other sign", "zero"),
+            "average": _choice("half", "weight of each next: 1/2, or 1/t", "running_mean"),
+        },
+        ordered=True,
     ),
 }
 
@@ -142,4 +259,7 @@ def check_request(
         raise ValueError(f"weights {list(weights)} are not finite; give finite weights")
     if method.takes_shares(complete):
         normalised(weights)
+    if complete.get("k", 0) > parents or complete.get("task", 0) >= parents:
+        key, most = ("k", parents) if "k" in complete else ("task", parents - 1)
+        raise ValueError(f"{name}: {key} is {complete[key]}, but of {parents} parents it is at most {most}")
     return complete

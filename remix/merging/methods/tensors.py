@@ -1,31 +1,32 @@
-"""What the merge methods share: checks of their input, sums, the k largest entries, angles, seeds.
+"""What the merge methods share: checks of their input, sums, the k largest entries, inner products, seeds.
 
 θ_0 is the base, τ_i = θ_i − θ_0 the task vectors, w_i their weights. All arithmetic is in float32 at least.
+N task vectors, X entries of a tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20
-"""Entries that are worked on at once where a method needs several temporaries per entry."""
+CHUNK = 1 << 18
+"""Entries worked on at once where a method needs several temporaries per entry: they stay in the cache."""
 
 
 def task_seed(seed: int, adapter_name: str, tensor_name: str) -> int:
-    """The seed of one adapter's draw for one tensor: a hash, so the order of adapters, tensors and shards is nothing."""
+    """The seed of one adapter's draw for one tensor: a hash, so that no order of adapters or shards matters."""
     digest = hashlib.sha256("\0".join((str(seed), adapter_name, tensor_name)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:4], "big")  # the generator uses 32 bits
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
-    # Any infinity or NaN survives a sum, and sums need no memory; a float64 sum of float32 cannot overflow.
+    # An infinity or a NaN survives any sum, and a sum needs no memory.
     if not math.isfinite(tensor.sum(dtype=torch.float64).item()) and not bool(tensor.isfinite().all()):
-        raise ValueError(f"{what} holds values that are not finite; merge a checkpoint from before they appeared")
+        raise ValueError(f"{what} holds values that are not finite; take a checkpoint from before they appeared")
 
 
 def require_parents(base: Tensor, tasks: Sequence[Tensor], weights: Sequence[float]) -> None:
@@ -36,17 +37,18 @@ def require_parents(base: Tensor, tasks: Sequence[Tensor], weights: Sequence[flo
         raise ValueError(f"weights {list(weights)} are not finite; give finite weights")
     require_finite(base, "the base")
     for index, task in enumerate(tasks):
-        if task.shape != base.shape:
-            raise ValueError(
-                f"task vector {index} has shape {list(task.shape)}, the base {list(base.shape)}; "
-                "merge models of one architecture"
-            )
-        require_finite(task, f"task vector {index}")
+        require_shape(task, base.shape, f"task vector {index}")
 
 
-def require_each(name: str, given: Sequence[object], tasks: Sequence[Tensor]) -> None:
+def require_shape(tensor: Tensor, shape: Sequence[int], what: str) -> None:
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{what} has shape {list(tensor.shape)}, not {list(shape)}; merge models of one architecture")
+    require_finite(tensor, what)
+
+
+def require_each(given: Sequence[object], tasks: Sequence[Tensor], what: str) -> None:
     if len(given) != len(tasks):
-        raise ValueError(f"{len(given)} {name} for {len(tasks)} task vectors; give one to each")
+        raise ValueError(f"{len(given)} {what} for {len(tasks)} task vectors; give one to each")
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
@@ -73,11 +75,34 @@ def weighted_sum(base: Tensor, tasks: Sequence[Tensor], weights: Sequence[float]
     return total
 
 
+def entrywise(
+    base: Tensor,
+    tasks: Sequence[Tensor],
+    weights: Sequence[float],
+    combine: Callable[[Tensor, Tensor], Tensor],
+    keeps: Sequence[Tensor | None] | None = None,
+    gains: Sequence[float] | None = None,
+) -> Tensor:
+    """θ_0 + combine(τ̂_NX, w_N1),  τ̂_i = gain_i·keep_i ∘ τ_i,  a chunk of entries at a time."""
+    delta = torch.empty(base.shape, dtype=working_dtype(base, tasks), device=base.device)
+    out_X, flat = delta.view(-1), [task.reshape(-1) for task in tasks]
+    kept = [None if keep is None else keep.reshape(-1) for keep in keeps or [None] * len(tasks)]
+    gains = gains or [1.0] * len(tasks)
+    weights_N1 = torch.tensor(weights, dtype=delta.dtype, device=delta.device).unsqueeze(1)
+    for part in slices(out_X.numel()):
+        tasks_NX = torch.stack([task[part].to(delta.dtype) for task in flat])
+        for row_X, keep, gain in zip(tasks_NX, kept, gains, strict=True):
+            if keep is not None:
+                row_X.mul_(keep[part]).mul_(gain)
+        out_X[part] = combine(tasks_NX, weights_N1)
+    return applied(base, delta)
+
+
 def applied(base: Tensor, delta: Tensor) -> Tensor:
-    """θ_0 + Δ in the base's dtype; to the bit θ_0 where Δ is 0. Overwrites `delta`."""
+    """θ_0 + Δ in the base's dtype, to the bit θ_0 where Δ is 0. Overwrites `delta`."""
     untouched = delta == 0
     merged = delta.add_(base).to(base.dtype)
-    if not bool(torch.isfinite(merged.sum(dtype=torch.float64))) and not bool(merged.isfinite().all()):
+    if not math.isfinite(merged.sum(dtype=torch.float64).item()) and not bool(merged.isfinite().all()):
         raise ValueError(f"the merged tensor overflows {base.dtype}; lower the weights or merge in a wider dtype")
     return torch.where(untouched, base, merged)  # −0 + 0 would be +0
 
@@ -87,17 +112,45 @@ def slices(count: int) -> Iterator[slice]:
 
 
 def kept_count(density: float, count: int) -> int:
-    """⌊density · count⌋, but at least 1 of a density above 0."""
+    """⌊density·count⌋, but at least 1 of a density above 0."""
     return min(count, max(1, int(density * count))) if density > 0 else 0
 
 
 def largest(magnitude: Tensor, k: int) -> Tensor:
-    """True at the k largest entries, exactly k; among equals the earlier go first. Same shape, bool."""
+    """True at exactly k of the largest entries of a non-negative tensor; among equals the earlier go first."""
     flat = magnitude.reshape(-1)
     if k <= 0 or k >= flat.numel():
-        return torch.full_like(magnitude, k > 0, dtype=torch.bool)
-    threshold = flat.kthvalue(flat.numel() - k + 1).values
+        return torch.full(magnitude.shape, k > 0, device=magnitude.device)
+    threshold = _kth_largest(flat, k)
     mask = flat > threshold
     missing = k - int(mask.sum())
     mask[(flat == threshold).nonzero()[:missing, 0]] = True
     return mask.view(magnitude.shape)
+
+
+def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
+    """The k-th largest value, by counting 16 bits at a time: the bits of non-negative floats are in their order.
+
+    In time linear in the entries whatever their order; `kthvalue` is quadratic on descending ones.
+    """
+    width = 8 * magnitude.element_size()
+    bits, found = magnitude.view({16: torch.int16, 32: torch.int32, 64: torch.int64}[width]), 0
+    for shift in range(width - 16, -1, -16):
+        counts = torch.zeros((1 << 16) + 1, dtype=torch.int64, device=bits.device)
+        for part in slices(bits.numel()):
+            counts += torch.bincount((bits[part] >> shift) & 0xFFFF, minlength=len(counts))
+        at_least = counts.flip(0).cumsum(0).flip(0)
+        digit = int((at_least >= k).nonzero()[-1])
+        k -= int(at_least[digit + 1])
+        bits, found = bits[(bits >> shift) & 0xFFFF == digit], found << 16 | digit
+    return torch.tensor(found, dtype=bits.dtype, device=bits.device).view(magnitude.dtype)
+
+
+def inner_products(vectors: Sequence[Tensor]) -> Tensor:
+    """⟨v_i, v_j⟩ in float64, on the CPU. [N, N]."""
+    flat = [vector.reshape(-1) for vector in vectors]
+    gram_NN = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for part in slices(flat[0].numel()):
+        chunk_NX = torch.stack([vector[part].double() for vector in flat])
+        gram_NN += (chunk_NX @ chunk_NX.T).cpu()
+    return gram_NN
