@@ -57,7 +57,6 @@ def main(options: argparse.Namespace, *, has_gpu: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if options.engine == "vllm" and find_spec("vllm") is None:
         raise ValueError("--engine vllm: vLLM is not installed; run `bash scripts/setup.sh vllm`, or use --engine hf")
-    from remix.merging.evaluating import check_evaluation, evaluate_all, show
     from remix.merging.request import load_request
     from remix.merging.run import check, write
     from remix.models.loading import quiet
@@ -65,6 +64,8 @@ def main(options: argparse.Namespace, *, has_gpu: bool) -> int:
     quiet()
     request = load_request(options.recipe, _given(options))
     if request.evaluate is not None:
+        from remix.merging.evaluating import check_evaluation, evaluate_all, show
+
         check_evaluation(request)
     merge, rollouts = check(request)
     try:
