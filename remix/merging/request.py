@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from remix.config import Block, RecipeError
@@ -92,7 +91,7 @@ class MergeRequest(Block):
                 raise ValueError(
                     f"overrides: {len(setting.weights)} weights for {len(self.parents)} parents; one to each"
                 )
-            rehearse(self.method, setting)
+            complete(self.method, setting)
         if (method.statistics is not None) != bool(self.rollouts):
             raise ValueError(
                 f"{self.method} weighs parents by their own rollouts: give rollouts, one run directory each"
@@ -141,17 +140,6 @@ class Setting:
 def complete(method: str, setting: Setting) -> dict[str, Any]:
     """The parameters with defaults filled in. Raises ValueError where weights or parameters are not the method's."""
     return check_request(method, parents=len(setting.weights), weights=setting.weights, parameters=setting.parameters)
-
-
-def rehearse(method: str, setting: Setting) -> None:
-    """Merges two rows of zeros: what a method finds wrong with its parameters, it says before anything is read."""
-    parameters, count = complete(method, setting), len(setting.weights)
-    spec, zeros = METHODS[method], torch.zeros(2, 2)
-    if spec.random:
-        parameters["seeds"] = list(range(count))
-    if spec.statistics is not None:
-        parameters[f"{spec.statistics}s"] = [torch.eye(2)] * count
-    spec.function(zeros, [zeros] * count, setting.weights, **parameters)
 
 
 def load_request(recipe: str | None, options: Mapping[str, Any]) -> MergeRequest:

@@ -20,13 +20,15 @@ def lora(**changes: Any) -> LoraConfig:
                          "task_type": "CAUSAL_LM", **changes})  # fmt: skip
 
 
-def make_adapter(base: Path, folder: Path, config: Any, *, seed: int, auto: Any = AutoModelForCausalLM) -> Path:
+def make_adapter(
+    base: Path, folder: Path, config: Any, *, seed: int, auto: Any = AutoModelForCausalLM, by: float = 0.3
+) -> Path:
     """A trained adapter, as far as a merge can tell: every weight of it is far from where it began."""
     lm = get_peft_model(auto.from_pretrained(base, dtype=torch.float32), config)
     generator = torch.Generator().manual_seed(seed)
     for parameter in (parameter for parameter in lm.parameters() if parameter.requires_grad):
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data += 0.3 * noise * (parameter.detach().abs().mean() + 0.1)
+        parameter.data += by * noise * (parameter.detach().abs().mean() + 0.1)
     lm.save_pretrained(folder)
     return folder
 

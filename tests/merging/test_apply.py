@@ -52,8 +52,10 @@ def adapters(tiny_untied_model: Path, tmp_path_factory: pytest.TempPathFactory) 
         for index, (name, config) in enumerate(KINDS.items())
     }
     wide = lora(r=7, lora_alpha=3, target_modules=["q_proj", "o_proj", "gate_proj"])
-    return made | {"wide": make_adapter(tiny_untied_model, folder / "wide", wide, seed=20),
-                   "second": make_adapter(tiny_untied_model, folder / "second", lora(lora_alpha=9), seed=21)}  # fmt: skip
+    return made | {
+        "wide": make_adapter(tiny_untied_model, folder / "wide", wide, seed=20),
+        "second": make_adapter(tiny_untied_model, folder / "second", lora(lora_alpha=9), seed=21),
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,10 +91,10 @@ def test_weight_0_leaves_the_base_to_the_bit(
     base = tmp_path / tiny_untied_model.name
     lm.save_pretrained(base)
     parents = [adapters["lora"], adapters["head"]]
-    for path, form in zip(("delta", "factors"), (["--lora-form", "delta"], ["--lora-form", "factors"]), strict=True):
-        assert remix_merge(tmp_path / path, base, method, unbound(parents, tmp_path / f"{path}_"), "--weights", "0", "0",
-                           *options, *form) == 0  # fmt: skip
-        assert_identical(stored(tmp_path / path), stored(base))
+    for form in ("delta", "factors"):
+        own = [*options, "--weights", "0", "0", "--lora-form", form]
+        assert remix_merge(tmp_path / form, base, method, unbound(parents, tmp_path / f"for_{form}"), *own) == 0
+        assert_identical(stored(tmp_path / form), stored(base))
 
 
 def unbound(adapters: list[Path], folder: Path) -> list[Path]:

@@ -56,7 +56,8 @@ def changed(
     folder.mkdir()
     own = json.loads((adapter / files.ADAPTER_CONFIG).read_text())
     (folder / files.ADAPTER_CONFIG).write_text(json.dumps(own | config))
-    save_file(tensors(load_file(adapter / files.ADAPTER_WEIGHTS)), folder / files.ADAPTER_WEIGHTS)
+    own = tensors(load_file(adapter / files.ADAPTER_WEIGHTS))
+    save_file({name: tensor.contiguous() for name, tensor in own.items()}, folder / files.ADAPTER_WEIGHTS)
     return folder
 
 
@@ -80,8 +81,11 @@ def test_an_adapter_of_another_shape(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unsaid: dict[str, Any] = {"base_model_name_or_path": None}
-    wrong = changed(adapter, tmp_path / "wrong", lambda t: {k: v[..., :48] if "lora_A" in k else v for k, v in t.items()},
-                    **unsaid)  # fmt: skip
+
+    def narrow(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {key: tensor[..., :48] if "lora_A" in key else tensor for key, tensor in tensors.items()}
+
+    wrong = changed(adapter, tmp_path / "wrong", narrow, **unsaid)
     assert "has shape [4, 48], and model.layers.0" in refused(capsys, tmp_path, base, [wrong])
     half = changed(adapter, tmp_path / "half", lambda t: {k: v for k, v in t.items() if "lora_A" in k}, **unsaid)
     assert "one half of a LoRA" in refused(capsys, tmp_path, base, [half])
@@ -162,10 +166,11 @@ def test_factors_need_plain_loras(
     error = refused(capsys, tmp_path, base, [adapter, dora], "--lora-form", "factors")
     assert "changes model.layers.0.mlp.down_proj.weight by A, B, magnitude" in error
     assert "choose --lora-form delta" in error
-    head = make_adapter(base, tmp_path / "head", LoraConfig(r=2, target_modules=["lm_head"]), seed=1)
-    copied = make_adapter(base, tmp_path / "copied", lora(modules_to_save=["lm_head"]), seed=1)
+    head = make_adapter(base, tmp_path / "head", LoraConfig(r=2, target_modules=["v_proj", "o_proj"]), seed=1)
+    copied = make_adapter(base, tmp_path / "copied", lora(modules_to_save=["v_proj"]), seed=1)
     error = refused(capsys, tmp_path, base, [head, copied], "--lora-form", "factors")
-    assert f"{copied} changes lm_head.weight by copy, {head} by A, B" in error
+    assert f"{copied} changes model.layers.0.self_attn.v_proj" in error
+    assert f"by copy, {head} by A, B" in error
     biased = make_adapter(base, tmp_path / "biased", lora(bias="lora_only"), seed=1)
     error = refused(capsys, tmp_path, base, [biased], "--as", "adapter")
     assert "q_proj.bias was trained beside a LoRA on its layer" in error
@@ -266,8 +271,8 @@ def test_a_merged_adapter_holds_its_parents(
         ("ties", ["--param", "elct=total"], "did you mean elect"),
         ("ties", ["--param", "elect"], "expected key=value"),
         ("slerp", [], "slerp merges exactly 2 models or adapters, not 1"),
-        ("tall", ["--param", "task=4"], "there is no task 4 among 1"),
-        ("consensus", [], "no entry can serve k = 2 of 1 tasks"),
+        ("tall", ["--param", "task=4"], "task is 4, but of 1 parents it is at most 0"),
+        ("consensus", [], "k is 2, but of 1 parents it is at most 1"),
         ("fisher", [], "give rollouts, one run directory each"),
         ("ties", ["--rollouts", "runs/x"], "leave them out"),
         ("fisher", ["--rollouts", "a", "b"], "2 run directories in rollouts for 1 parents"),
