@@ -199,7 +199,7 @@ def _gains(tasks: Sequence[Tensor], keeps: Sequence[Tensor | None], density: flo
         return [1 / density if rescale == "density" and density > 0 else 1.0] * len(tasks)
     gains = []
     for task, keep in zip(tasks, keeps, strict=True):
-        whole, left = (float(values.float().norm(p=1)) for values in (task, task if keep is None else task * keep))
+        whole, left = (float(values.abs().sum(dtype=torch.float64)) for values in (task, task if keep is None else task * keep))
         gains.append(whole / left if left > 0 else 1.0)
     return gains
 
@@ -221,11 +221,12 @@ def disjoint_mean(
     voters_NX = weighted_NX if elect_weighted else tasks_NX
     # In float64, so that votes that cancel add up to 0 in whatever order they are counted.
     votes_X = (voters_NX if elect == "total" else voters_NX.sign()).sum(0, dtype=torch.float64)
-    agree_NX = torch.where(votes_X >= 0, voters_NX > 0, voters_NX < 0)
-    total_X = torch.where(agree_NX, weighted_NX, 0).sum(0).mul_(scale)
+    sign_X = (votes_X >= 0).to(tasks_NX.dtype).mul_(2).sub_(1)
+    agree_NX = voters_NX * sign_X > 0
+    total_X = (weighted_NX * agree_NX).sum(0).mul_(scale)
     if mean == "count":
         total_X /= agree_NX.sum(0).clamp(min=1)
     elif mean == "weight":
-        divisor_X = torch.where(agree_NX, weights_N1, 0).sum(0)
+        divisor_X = (agree_NX * weights_N1).sum(0)
         total_X /= divisor_X.masked_fill(divisor_X == 0, 1)
     return total_X

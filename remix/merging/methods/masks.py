@@ -61,12 +61,12 @@ def consensus(
 
 def _of_one_task(task: int, threshold: float, tasks_NX: Tensor, weights_N1: Tensor) -> Tensor:
     merged_X = (tasks_NX * weights_N1).sum(0)
-    return torch.where(tall_mask(tasks_NX[task], merged_X, threshold), merged_X, 0)
+    return merged_X * tall_mask(tasks_NX[task], merged_X, threshold)
 
 
 def _of_several_tasks(k: int, threshold: float, tasks_NX: Tensor, weights_N1: Tensor) -> Tensor:
     merged_X = (tasks_NX * weights_N1).sum(0)
-    return torch.where(tall_mask(tasks_NX, merged_X, threshold).sum(0) >= k, merged_X, 0)
+    return merged_X * (tall_mask(tasks_NX, merged_X, threshold).sum(0) >= k)
 
 
 def align(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 """Entries worked on at once where a method needs several temporaries per entry: they stay in the cache."""
 
 
@@ -24,9 +24,13 @@ def task_seed(seed: int, adapter_name: str, tensor_name: str) -> int:
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
-    # An infinity or a NaN survives any sum, and a sum needs no memory.
-    if not math.isfinite(tensor.sum(dtype=torch.float64).item()) and not bool(tensor.isfinite().all()):
+    if not _is_finite(tensor):
         raise ValueError(f"{what} holds values that are not finite; take a checkpoint from before they appeared")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # An infinity or a NaN survives any sum, which needs no memory; but a sum may overflow of itself.
+    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
 
 
 def require_parents(base: Tensor, tasks: Sequence[Tensor], weights: Sequence[float]) -> None:
@@ -102,7 +106,7 @@ def applied(base: Tensor, delta: Tensor) -> Tensor:
     """θ_0 + Δ in the base's dtype, to the bit θ_0 where Δ is 0. Overwrites `delta`."""
     untouched = delta == 0
     merged = delta.add_(base).to(base.dtype)
-    if not math.isfinite(merged.sum(dtype=torch.float64).item()) and not bool(merged.isfinite().all()):
+    if not _is_finite(merged):
         raise ValueError(f"the merged tensor overflows {base.dtype}; lower the weights or merge in a wider dtype")
     return torch.where(untouched, base, merged)  # −0 + 0 would be +0
 
