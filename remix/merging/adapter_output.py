@@ -66,7 +66,7 @@ def _pair(
     """A and B of one tensor, as PEFT names and shapes them, filled up with zeros to the rank."""
     like = merge.like(name)
     if merge.request.lora_form == "factors":
-        factors = merge.factors(name)
+        factors = merge.factors(name, merge.request.setting(name))
         assert factors is not None
         a_RI, b_OR = lora.padded(factors.A, rank, "A"), lora.padded(factors.B, rank, "B")
     else:

@@ -25,6 +25,8 @@ from remix.models import files, shards
 
 NOT_COPIED = (files.INDEX, RECORD, EVALUATION, "adapter_*")
 """Of the small files beside the base's weights: what speaks of those very weights."""
+BLOCK = 1 << 22
+"""Entries of a whole model's tensor that are merged at a time, where a method looks at each by itself."""
 Progress = Callable[[int, str], None]
 """So many more tensors are done, the last of this name."""
 
@@ -57,21 +59,34 @@ class Merge:
 
     def tensor(self, name: str, statistics: Statistics | None = None) -> Tensor:
         """One tensor of the merged model, in the dtype that it is written in."""
-        stored = self.base.weights.tensor(name)
+        stored, dtype = self.base.weights.tensor(name), self.output_dtype(name)
         if name not in self.touched or not stored.is_floating_point():
-            return stored.to(self.output_dtype(name))
-        return self.merged(name, stored.float(), statistics).to(self.output_dtype(name))
+            return stored.to(dtype)
+        return self.merged(name, stored if stored.dtype == dtype else stored.float(), statistics).to(dtype)
 
     def merged(self, name: str, base: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """The same in float32, from the base's tensor in float32."""
-        factors = self.factors(name) if self.request.lora_form == "factors" else None
+        """The same from the base's tensor, and in its dtype; computed in float32."""
+        setting = self.request.setting(name)
+        factors = self.factors(name, setting) if self.request.lora_form == "factors" else None
         if factors is not None:
             product = lora.delta(*factors, fan_in_fan_out=self.like(name).flipped(name)).reshape(base.shape)
-            return torch.where(product == 0, base, base + product)
-        zero = base.new_zeros(()).expand(base.shape)
+            return torch.where(product == 0, base, (base + product).to(base.dtype))
+        if self.request.models and base.dim() and entrywise(self.request.method, setting):
+            rows, merged = max(1, BLOCK // max(1, base[0].numel())), torch.empty(base.shape, dtype=base.dtype)
+            for start in range(0, len(base), rows):
+                block = slice(start, start + rows)
+                merged[block] = self._merged_rows(name, base, block, setting, statistics)
+            return merged
+        return self._merged_rows(name, base, None, setting, statistics)
+
+    def _merged_rows(
+        self, name: str, base: Tensor, rows: slice | None, setting: Setting, statistics: Statistics | None
+    ) -> Tensor:
+        base = base if rows is None else base[rows]
+        zero = base.new_zeros((), dtype=torch.float32).expand(base.shape)
         parents = [self.parents[i] for i in self.order]
-        tasks = [parent.task_vector(name, base) if name in parent.touched else zero for parent in parents]
-        return self._by_method(name, base, tasks, self.request.setting(name), statistics)
+        tasks = [parent.task_vector(name, base, rows) if name in parent.touched else zero for parent in parents]
+        return self._by_method(name, base, tasks, setting, statistics)
 
     @cached_property
     def scaling(self) -> float:
@@ -82,9 +97,8 @@ class Merge:
         }  # fmt: skip
         return found.pop() if len(found) == 1 else 1.0
 
-    def factors(self, name: str) -> Factors | None:
+    def factors(self, name: str, setting: Setting) -> Factors | None:
         """A and B merged each by itself, smaller ranks filled up; None for a tensor that no parent has a LoRA on."""
-        setting = self.request.setting(name)
         found = [(i, factors) for i in self.order if (factors := self._factors_of(i, name)) is not None]
         if not found:
             return None
@@ -134,6 +148,13 @@ class Merge:
     def like(self, name: str) -> AdapterParent:
         """A parent that touches the tensor: the others have it in the same form."""
         return next(parent for parent in self.parents if isinstance(parent, AdapterParent) and name in parent.touched)
+
+
+def entrywise(method: str, setting: Setting) -> bool:
+    """An entry of the result depends on that entry of base and parents alone, so a tensor can be merged in parts."""
+    if method == "task_arithmetic":
+        return bool(complete(method, setting)["density"] >= 1)
+    return method in ("linear", "magmax", "tall", "consensus")
 
 
 def prepare(request: MergeRequest) -> Merge:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from remix.merging import lora
@@ -65,8 +66,8 @@ class Parent(Protocol):
     def touched(self) -> frozenset[str]:
         """The base's tensors that may differ; τ = 0 for the others."""
 
-    def task_vector(self, tensor: str, base: Tensor) -> Tensor:
-        """τ in float32 of a touched tensor; `base` is θ_0 in float32."""
+    def task_vector(self, tensor: str, base: Tensor, rows: slice | None = None) -> Tensor:
+        """τ in float32 of a touched tensor, or of these rows of a whole model's; `base` is θ_0, of as many rows."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class ModelParent:
     def touched(self) -> frozenset[str]:
         return frozenset(self.weights.specs)
 
-    def task_vector(self, tensor: str, base: Tensor) -> Tensor:
-        return self.weights.tensor(tensor).float() - base
+    def task_vector(self, tensor: str, base: Tensor, rows: slice | None = None) -> Tensor:
+        stored = self.weights.tensor(tensor)
+        return (stored if rows is None else stored[rows]).to(torch.float32, copy=True).sub_(base)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class AdapterParent:
         """The base keeps its matrices as [I, O]."""
         return bool(self.config.get("fan_in_fan_out"))
 
-    def task_vector(self, tensor: str, base: Tensor) -> Tensor:
+    def task_vector(self, tensor: str, base: Tensor, rows: slice | None = None) -> Tensor:
+        assert rows is None, "a product of factors is of the whole matrix"
         parts = self.layers[tensor]
         tau = self._read(parts["copy"]) - base if "copy" in parts else None
         if "ia3" in parts:

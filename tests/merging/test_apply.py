@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from remix import cli
+from remix.merging import apply
 from remix.models import files
 from tests.merging.making import (
     assert_close,
@@ -252,6 +253,22 @@ def test_whole_models_in_shards(dtype: torch.dtype, tiny_model: Path, tmp_path: 
     assert state_of(tmp_path / "out")["lm_head.weight"].equal(state_of(tmp_path / "out")["model.embed_tokens.weight"])
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("linear", []), ("task_arithmetic", []), ("magmax", []), ("tall", ["--param", "task=1"]), ("consensus", []),
+     ("task_arithmetic", ["--density", "0.5"]), ("ties", []), ("dare_linear", [])],
+)  # fmt: skip
+def test_tensors_merged_in_parts_are_those_merged_at_once(
+    method: str, options: list[str], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = [make_model(tiny_model, tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    options = [*options, "--weights", "0.6", "0.9"]
+    assert remix_merge(tmp_path / "whole", tiny_model, method, parents, *options, kind="--models") == 0
+    monkeypatch.setattr(apply, "BLOCK", 200)
+    assert remix_merge(tmp_path / "parts", tiny_model, method, parents, *options, kind="--models") == 0
+    assert_identical(stored(tmp_path / "whole"), stored(tmp_path / "parts"))
+
+
 def test_another_dtype_and_what_lay_beside_the_weights(tiny_model: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
@@ -327,7 +344,7 @@ def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
         lm.save_pretrained(path, max_shard_size="16MB")
     size = sum(parameter.nbytes for parameter in lm.parameters()) / 1e6
     assert size > 170
-    words = ["merge", "--base", paths[0], "--models", *paths[1:], "--method", "ties", "--density", "0.5",
+    words = ["merge", "--base", paths[0], "--models", *paths[1:], "--method", "linear",
              "--shard-size", "0.016", "--out", tmp_path / "out"]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", PEAK, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -199,7 +199,9 @@ def _gains(tasks: Sequence[Tensor], keeps: Sequence[Tensor | None], density: flo
         return [1 / density if rescale == "density" and density > 0 else 1.0] * len(tasks)
     gains = []
     for task, keep in zip(tasks, keeps, strict=True):
-        whole, left = (float(values.abs().sum(dtype=torch.float64)) for values in (task, task if keep is None else task * keep))
+        whole, left = (
+            float(values.abs().sum(dtype=torch.float64)) for values in (task, task if keep is None else task * keep)
+        )
         gains.append(whole / left if left > 0 else 1.0)
     return gains
 
