@@ -264,7 +264,7 @@ def test_tensors_merged_in_parts_are_those_merged_at_once(
     parents = [make_model(tiny_model, tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     options = [*options, "--weights", "0.6", "0.9"]
     assert remix_merge(tmp_path / "whole", tiny_model, method, parents, *options, kind="--models") == 0
-    monkeypatch.setattr(apply, "BLOCK", 200)
+    monkeypatch.setattr(apply, "BLOCK", 2000)
     assert remix_merge(tmp_path / "parts", tiny_model, method, parents, *options, kind="--models") == 0
     assert_identical(stored(tmp_path / "whole"), stored(tmp_path / "parts"))
 
