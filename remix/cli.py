@@ -1,4 +1,4 @@
-"""remix plan | train | eval"""
+"""remix plan | train | eval | merge | grade"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from remix.evaluation import command as evaluation
+from remix.merging import command as merging
 from remix.terminal import Parser, guard_tracebacks, print_error, showable
 from remix.training.resume import add_resume_options
 
@@ -89,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=_eval)
     evaluation.add_arguments(evaluate)
+
+    merge = commands.add_parser(
+        "merge",
+        usage=merging.USAGE,
+        help="merge adapters, or whole models, into their base",
+        description="Merges PEFT adapters into their base, or whole models that were fine-tuned from it.",
+    )
+    merge.set_defaults(command=_merge)
+    merging.add_arguments(merge)
 
     grade = commands.add_parser(
         "grade",
@@ -176,6 +186,13 @@ def _at_least_one(option: str, number: Any) -> int:
 
 def _eval(args: argparse.Namespace, *_: Any) -> int:
     return evaluation.main(args, args.arguments, has_gpu=has_gpu(os.environ))
+
+
+# --- remix merge --------------------------------------------------------------------------------------------------
+
+
+def _merge(args: argparse.Namespace, *_: Any) -> int:
+    return merging.main(args, has_gpu=has_gpu(os.environ))
 
 
 # --- remix grade --------------------------------------------------------------------------------------------------

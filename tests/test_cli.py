@@ -45,7 +45,15 @@ def beside_fake_trainer(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["plan", "--help"], ["train", "--help"], ["eval", "--help"], ["plan", str(RECIPE)]]
+    "args",
+    [
+        ["--help"],
+        ["plan", "--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["merge", "--help"],
+        ["plan", str(RECIPE)],
+    ],
 )
 def test_quick_commands_import_nothing_heavy(args: list[str]) -> None:
     script = f"""

@@ -30,6 +30,8 @@ FLOORS = {
     "remix.models": 3,
     "remix.merging": 3,
     "remix.merging.continual": 4,
+    "remix.merging.command": 4,
+    "remix.merging.evaluating": 4,
     "remix.rollout": 3,
     "remix.checkpoint": 3,
     "remix.tracking": 3,
@@ -51,7 +53,13 @@ DOORS = {
     "transformers": {"remix.models.loading", "remix.models.naming", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
-    "safetensors": {"remix.checkpoint", "remix.models.adapters", "remix.models.loading", "remix.rollout.frames"},
+    "safetensors": {
+        "remix.checkpoint",
+        "remix.models.adapters",
+        "remix.models.loading",
+        "remix.models.shards",
+        "remix.rollout.frames",
+    },
 }
 """The modules that may import a heavy library."""
 

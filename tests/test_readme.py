@@ -37,6 +37,8 @@ def test_every_command_runs(tmp_path: Path) -> None:
             words += ["--repeat", "1", *QUICK[1:]]
         elif words[:2] == ["remix", "eval"]:
             words += ["--limit", "8"]
+        elif words[:2] == ["remix", "merge"]:
+            pass
         elif "auto" in words:
             words += QUICK
         elif "--resume" in words:
@@ -47,6 +49,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-3000:]}"
     assert (tmp_path / "runs" / "demo" / "final" / "model.safetensors").exists()
     assert (tmp_path / "runs" / "eval" / "summary.md").exists()
+    assert (tmp_path / "runs" / "merged" / "model.safetensors").exists()
     assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -34,6 +34,8 @@ from remix.config.reading import LARGEST, read_yaml
 from remix.config.rollout import BatchConfig, RolloutConfig
 from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
 from remix.secrets import find_secret, redact
+
+Schema = TypeVar("Schema", bound=Block)
 
 
 class Recipe(Block):
@@ -123,6 +125,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError.
     """
     path = Path(path)
+    data = _anchor_paths(read_recipe(path), path.parent)
+    for override in overrides:
+        _apply(data, override)
+    return parse_recipe(data, source=str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe's file as plain data, unchecked. Raises RecipeError."""
     try:
         with path.open(encoding="utf-8") as file:
             data = read_yaml(file.read(LARGEST + 1))  # one more than is read shows what is too long
@@ -136,20 +146,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this holds {type(data).__name__}")
-    data = _anchor_paths(data, path.parent)
-    for override in overrides:
-        _apply(data, override)
-    return parse_recipe(data, source=str(path))
+    return data
 
 
 def parse_recipe(data: dict[str, Any], source: str = "recipe") -> Recipe:
     """Checks plain data against the schema. Raises RecipeError with one line a problem."""
+    return check_block(Recipe, data, source)
+
+
+def check_block(schema: type[Schema], data: dict[str, Any], source: str) -> Schema:
+    """Plain data as a block of any kind. Raises RecipeError with one line a problem."""
     # First of all: messages about what else is wrong quote values.
     secrets = list(_secrets(data))
     if secrets:
         raise RecipeError("\n".join(f"{source}: {problem}" for problem in secrets))
     try:
-        return Recipe.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
         raise RecipeError("\n".join(f"{source}: {_explain(problem)}" for problem in error.errors())) from None
 
