@@ -9,6 +9,7 @@ import pytest
 
 from remix.config import LoraAdapter, RecipeError, dump_recipe, load_recipe, parse_recipe
 from remix.training.plan import make_plan
+from remix.training.stages import make_plans
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ALL = sorted(path for path in RECIPES.rglob("*.yaml") if path.relative_to(RECIPES).parts[0] != "accelerate")
@@ -34,7 +35,7 @@ def minimal(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_every_recipe_plans_and_says_how_to_run_it(path: Path) -> None:
     recipe = load_recipe(path)
-    make_plan(recipe)
+    make_plans(recipe)
     assert parse_recipe(load(dump_recipe(recipe))) == recipe
     header = path.read_text().split("\n\n")[0]
     assert str(path.relative_to(RECIPES.parent)) in header
