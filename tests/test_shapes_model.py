@@ -126,7 +126,7 @@ def test_positions_tell_every_patch_from_the_others(script: ModuleType) -> None:
     assert torch.equal(grid[0, 2, 1], grid[3, 2, 1])
 
 
-def test_corpora_hold_train_pictures_alone_and_say_what_is_on_them(script: ModuleType) -> None:
+def test_captions_say_what_is_on_a_picture_in_known_words(script: ModuleType) -> None:
     said = {
         script.caption(shapes.scene(f"shapes:{kind}/train/0/{index}")) for kind in shapes.KINDS for index in range(40)
     }
