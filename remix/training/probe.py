@@ -102,7 +102,7 @@ def check_images(recipe: Recipe, policy: Policy, engine: Engine, prompt: Prompt)
     """
     kind = policy.module.lm.config.model_type
     refused = f"model {recipe.model.path}: a model of type {kind} reads images in a way that is not supported"
-    remedy = "choose a model of another family"
+    remedy = "choose a model of another family, or another adapter.type"
     request = Request(prompt.token_ids, 0, prompt.images)
     try:
         (completion,) = engine.generate([request], Sampling(4, recipe.rollout.temperature))
