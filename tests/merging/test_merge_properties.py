@@ -185,6 +185,15 @@ def test_what_is_not_finite_is_refused(name, bad):
         case.merge([bad] * len(case.tasks))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_what_is_no_float_of_16_bits_or_more_is_refused(dtype):
+    whole = torch.ones(3).to(dtype)
+    with pytest.raises(ValueError, match=f"the base is of {dtype}; merge 16, 32 and 64-bit floats"):
+        linear(whole, [torch.ones(3)], [1])
+    with pytest.raises(ValueError, match=f"task vector 0 is of {dtype}"):
+        linear(torch.ones(3), [whole], [1])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_parents_that_do_not_fit_are_refused(name):
     case = Case(name, (3, 5), 8)

@@ -64,6 +64,8 @@ def test_ties_weighs_after_the_election_or_before_it():
     before = {"density": 0.5, "elect_weighted": True}
     close(ties(BASE, TASKS, weights, **before), 12.0, 14.0, 10.0, 13.5)
     close(ties(BASE, TASKS, weights, **before, mean="sum"), 12.0, 14.0, 10.0, 17.0)
+    # Weights that cancel divide nothing: 2 - 5.
+    close(ties(ZERO, [2 * X, 5 * X], [1, -1], density=1.0, mean="weight"), -3.0, 0.0)
     # 2/.5, 4/2, 7/(.5 + 2), then halved.
     close(ties(BASE, TASKS, weights, **before, mean="weight", scale=0.5), 12.0, 11.0, 10.0, 11.4)
 
@@ -84,6 +86,7 @@ def test_trimming_keeps_exactly_k_and_of_equals_the_first():
     close(ties(base, [equal], [1], density=0.01), 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # at least one
     close(ties(base, [equal], [1], density=0.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     mixed = torch.tensor([0.0, 3.0, -1.0, 0.0, 3.0])
+    close(ties(torch.zeros(5), [mixed], [1], density=0.39), 0.0, 3.0, 0.0, 0.0, 0.0)  # 1.95 entries are one
     close(ties(torch.zeros(5), [mixed], [1], density=0.4), 0.0, 3.0, 0.0, 0.0, 3.0)
 
 
@@ -169,8 +172,16 @@ def test_slerp_is_straight_where_there_is_no_arc():
     close(slerp(ZERO, [X, X + Y], [1, 1], threshold=0.5), 1.0, 0.5)  # cos 45° is above .5
 
 
+def test_slerp_is_of_two():
+    with pytest.raises(ValueError, match="exactly 2 models or adapters, not 3; karcher merges any number"):
+        slerp(ZERO, [X, Y, X], [1, 1, 1])
+
+
 def test_karcher_is_the_middle_of_the_arc():
     close(karcher(ZERO, [X, Y], [2, 1]), math.sqrt(3) / 2, 0.5)  # 30° from the first
+    # One step from [2, 1]/√5 along the arc is all of it: -2/3·atan(1/2) + 1/3·atan 2 = 30° - atan(1/2).
+    close(karcher(ZERO, [X, Y], [2, 1], iterations=1), math.sqrt(3) / 2, 0.5)
+    close(karcher(ZERO, [X], [2]), 1.0, 0.0)
     close(karcher(ZERO, [3 * X, Y], [1, 1]), math.sqrt(2), math.sqrt(2))  # 45°, of length (3 + 1)/2
     third = math.sqrt(1 / 3)
     close(karcher(torch.zeros(3), list(torch.eye(3)), [1, 1, 1]), third, third, third)
@@ -288,6 +299,7 @@ def test_tall_masks_and_their_consensus():
     close(tall(base, tasks, [1, 1], task=0), 11.0, 7.0, 7.0)
     close(tall(base, tasks, [1, 1], task=1), 11.0, 5.0, 8.0)
     close(tall(base, tasks, [1, 1], task=1, threshold=1.5), 7.0, 5.0, 8.0)  # 1.5·2 is above 2
+    assert tall_mask(torch.ones(1), torch.full((1,), 2.0), 1.0).tolist() == [True]  # 1 ≥ 1·|2 - 1|
     close(consensus(base, tasks, [1, 1]), 11.0, 7.0, 7.0)
     close(consensus(base, tasks, [1, 1], k=1), 11.0, 5.0, 8.0)
     close(consensus(base, tasks, [1, 1], k=0), 11.0, 5.0, 8.0)
@@ -307,6 +319,8 @@ def test_alignment_gives_important_entries_their_sign_back():
     moved = torch.tensor([0.0, 0.0, 9.0, 9.0])  # I = {2, 3}, of which 2 has turned
     close(align(task, global_, share=0.5, importance=moved)[0], -1.0, -1.0, 0.1, 1.0)
     assert misaligned_fraction(task, global_, share=1.0, importance=moved) == 0.5
+    only_last = torch.tensor([0.0, 0.0, 0.0, 9.0])  # what has not moved is not important: I = {3}
+    assert not align(task, global_, share=1.0, importance=only_last)[1].any()
     close(align(task, global_, share=1.0)[0], 4.0, -1.0, 0.1, 1.0)
     assert misaligned_fraction(task, global_, share=1.0) == 0.5
 
@@ -317,6 +331,9 @@ def test_what_has_no_direction_is_not_aligned():
     close(aligned, 1.0, 1.0, -1.0, 0.0)  # a task at 0 does differ from a global that is not
     assert mask.tolist() == [True, False, False, False]
     assert misaligned_fraction(task, global_, share=1.0) == 1.0
+    everywhere = torch.ones(4)  # a global weight back at 0 may be important, but has no sign
+    assert align(task, global_, share=1.0, importance=everywhere)[1].tolist() == [True, False, False, False]
+    assert misaligned_fraction(task, global_, share=1.0, importance=everywhere) == 1.0
     assert misaligned_fraction(task, torch.zeros(4), share=1.0) == 0.0
     assert misaligned_fraction(-global_, global_, share=0.0) == 0.0
     with pytest.raises(ValueError, match="the task's weights has shape"):
@@ -325,8 +342,10 @@ def test_what_has_no_direction_is_not_aligned():
         align(task, global_, share=0.5, importance=torch.ones(3))
 
 
-def test_alignment_keeps_the_tasks_dtype():
-    aligned, _ = align(torch.tensor([-1.0, 1.0], dtype=torch.bfloat16), torch.tensor([1.1, 1.0]), share=1.0)
+def test_alignment_keeps_the_tasks_dtype_and_no_gradient():
+    task = torch.tensor([-1.0, 1.0], dtype=torch.bfloat16, requires_grad=True)
+    aligned, _ = align(task, torch.tensor([1.1, 1.0]), share=1.0)
+    assert not aligned.requires_grad
     assert aligned.dtype == torch.bfloat16
     assert aligned.tolist() == [1.1015625, 1.0]
 

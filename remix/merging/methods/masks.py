@@ -69,6 +69,7 @@ def _of_several_tasks(k: int, threshold: float, tasks_NX: Tensor, weights_N1: Te
     return merged_X * (tall_mask(tasks_NX, merged_X, threshold).sum(0) >= k)
 
 
+@torch.no_grad()
 def align(
     task: Tensor,
     global_: Tensor,
@@ -86,6 +87,7 @@ def align(
     return torch.where(reset_mask, global_.to(task.dtype) if reset == "global" else 0, task), reset_mask
 
 
+@torch.no_grad()
 def misaligned_fraction(task: Tensor, global_: Tensor, *, share: float, importance: Tensor | None = None) -> float:
     """Of the important entries I of `align`, the share whose signs differ; 0 if there are none."""
     important, conflict = _conflict(task, global_, share, importance)

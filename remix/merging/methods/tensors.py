@@ -17,6 +17,9 @@ CHUNK = 1 << 16
 """Entries worked on at once where a method needs several temporaries per entry: they stay in the cache."""
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def task_seed(seed: int, adapter_name: str, tensor_name: str) -> int:
     """The seed of one adapter's draw for one tensor: a hash, so that no order of adapters or shards matters."""
     digest = hashlib.sha256("\0".join((str(seed), adapter_name, tensor_name)).encode()).digest()
@@ -24,6 +27,8 @@ def task_seed(seed: int, adapter_name: str, tensor_name: str) -> int:
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{what} is of {tensor.dtype}; merge 16, 32 and 64-bit floats, and copy or convert the rest")
     if not _is_finite(tensor):
         raise ValueError(f"{what} holds values that are not finite; take a checkpoint from before they appeared")
 
