@@ -48,7 +48,7 @@ DOORS = {
     "deepspeed": set(),
     "datasets": {"remix.tasks.hub"},
     "peft": {"remix.models.adapters"},
-    "transformers": {"remix.models.loading", "remix.models.naming", "remix.rollout.hf"},
+    "transformers": {"remix.models.loading", "remix.models.tensor_names", "remix.rollout.hf"},
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
     "safetensors": {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from remix.models import files, shards
-from remix.models.naming import Naming, naming
+from remix.models.tensor_names import Naming, naming
 
 RECORD = "merge.json"
 """In a merged output: what was merged, by hashes."""
