@@ -75,7 +75,9 @@ def _subjects(merge: Merge) -> list[tuple[str, str, str | None]]:
     base, request = merge.base.path, merge.request
     found: list[tuple[str, str, str | None]] = [("base", base, None)]
     for index, path in enumerate(request.parents):
-        name = f"{index + 1}-{Path(path).resolve().name if Path(path).is_dir() else Path(path).name}"
+        folder = Path(path).resolve() if Path(path).is_dir() else Path(path)
+        own = folder.parent if folder.name == "final" else folder  # every run calls its model so
+        name = f"{index + 1}-{own.name}"
         found.append((name, base, path) if request.adapters else (name, path, None))
     out = str(merge.out)
     return [*found, ("merged", base, out) if request.save_as == "adapter" else ("merged", out, None)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import regex
 import torch
 from torch import Tensor
 
@@ -155,12 +156,12 @@ class AdapterParent:
         """What B·A is multiplied by."""
         parts = self.layers[tensor]
         rank = self.weights.specs[parts["embedding_A" if self.is_embedding(tensor) else "A"]].shape[0]
-        alpha = float(self.config.get("lora_alpha") or 8)
+        alpha = self.config.get("lora_alpha", 8)
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", self.modules[tensor]):
-                alpha = float(value)
+            if regex.fullmatch(rf"(.*\.)?({pattern})", self.modules[tensor], timeout=1.0):  # anyone may have written it
+                alpha = value
                 break
-        return lora.lora_scaling(rank, alpha, rslora=bool(self.config.get("use_rslora")))
+        return lora.lora_scaling(rank, float(alpha), rslora=bool(self.config.get("use_rslora")))
 
     @property
     def max_rank(self) -> int:
@@ -228,7 +229,7 @@ def _open_adapter(base: Base, path: str) -> AdapterParent:
         layers, modules = _layers(base, weights)
         parent = AdapterParent(path, folder, sha256, kind, config, weights, layers, modules)
         for tensor in layers:
-            _check_shapes(base, parent, tensor)
+            _check_layer(base, parent, tensor)
     except ValueError as error:
         text = str(error)
         raise ValueError(f"--adapters {text if text.startswith((path, str(folder))) else f'{path}: {text}'}") from None
@@ -331,6 +332,15 @@ def _tensor_of(base: Base, parameter: str) -> str:
             "such tensor: it was trained on another model"
         )
     return base.naming.tensors[parameter]
+
+
+def _check_layer(base: Base, parent: AdapterParent, tensor: str) -> None:
+    _check_shapes(base, parent, tensor)
+    if parent.is_lora(tensor):
+        try:
+            parent.scaling(tensor)
+        except (regex.error, TimeoutError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"its lora_alpha or alpha_pattern is not readable ({error})") from None
 
 
 def _check_shapes(base: Base, parent: AdapterParent, tensor: str) -> None:

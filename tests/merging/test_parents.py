@@ -121,6 +121,9 @@ def test_kinds_that_are_no_change_of_weights(
         assert (key if key != "init_lora_weights" else "pissa_niter_4, which changes the base") in refused(
             capsys, tmp_path, base, [odd]
         )
+    for index, (key, value) in enumerate({"lora_alpha": "x", "alpha_pattern": {"(": 3}, "alpha_pattern ": 0}.items()):
+        odd = changed(adapter, tmp_path / f"scaled{index}", **{key.strip(): value or {"(q+)+z": 3, "q_proj": [1]}})
+        assert str(odd) in refused(capsys, tmp_path, base, [odd])
     strange = changed(
         adapter, tmp_path / "strange", lambda t: {**t, "base_model.model.x.vera_lambda_b": torch.zeros(3)}
     )
