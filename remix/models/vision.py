@@ -49,6 +49,7 @@ class Vision:
         """By input and token id; 0 for the tokens of text."""
         self._of_responses = {name: _of_generated(lm, name, value) for name, value in types.items()}
         self._kept: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._kept_bytes = 0
 
     def inputs(self, prompts: Sequence[Shown], width: int, *, on_the_left: bool = False) -> dict[str, Tensor]:
         """The further inputs, by argument, for sequences of `width` tokens that begin with these prompts.
@@ -71,9 +72,10 @@ class Vision:
         if images not in self._kept:
             processed = self._processed([open_image(reference) for reference in images])
             self._kept[images] = {name: processed[name] for name in self._of_images}
+            self._kept_bytes += _bytes(self._kept[images])
         self._kept.move_to_end(images)
-        while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        while len(self._kept) > 1 and self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= _bytes(self._kept.popitem(last=False)[1])
         return self._kept[images]
 
     def _processed(self, images: list[Any]) -> dict[str, Tensor]:

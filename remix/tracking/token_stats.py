@@ -25,9 +25,9 @@ class TokenStats:
         self.ratios: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     def add(self, tokens: Mapping[str, Tensor]) -> None:
-        """[N] tensors of one micro-batch."""
-        log_ratio, lags = tokens["log_ratio"].double(), tokens["lag"]
-        ratio = log_ratio.exp()
+        """[N] tensors of one micro-batch. Without `log_ratio` (demonstrations) there is no other policy to compare."""
+        lags, compared = tokens["lag"], "log_ratio" in tokens
+        ratio = tokens["log_ratio"].double().exp() if compared else torch.ones(lags.shape, dtype=torch.float64)
         self.sums["tokens"] += ratio.numel()
         self.sums["lag"] += lags.sum().item()
         self.sums["entropy"] += tokens["entropy"].double().sum().item()
@@ -35,7 +35,7 @@ class TokenStats:
         for name in DIVERGENCES:
             if name in tokens:
                 self.sums[name] += (ratio * tokens[name].double()).sum().item()
-        for lag in lags.unique().tolist():
+        for lag in lags.unique().tolist() if compared else ():
             of_lag = lags == lag
             self.sums[f"n/{lag}"] += int(of_lag.sum())
             self.sums[f"w/{lag}"] += ratio[of_lag].sum().item()
@@ -81,6 +81,8 @@ class TokenStats:
             if name in self.sums:
                 metrics[label] = self.sums[name] / self.sums["weight"]
         lags = sorted(self.ratios)
+        if not lags:
+            return metrics
         weight, square = (sum(self.sums[f"{name}/{lag}"] for lag in lags) for name in ("w", "w2"))
         metrics["ratio/mean"] = weight / count
         metrics["ess"] = weight**2 / (count * square)

@@ -52,7 +52,10 @@ class Experience:
         gae = isinstance(self.recipe.advantage, GAEAdvantage)
         rollouts = [rollout for group in [*fresh, *replayed] for rollout in group.rollouts]
         num_fresh = group_size * len(fresh)
-        proximal = self._score(rollouts, with_values=gae)
+        if self.recipe.imitates:  # no ratio compares a demonstration with what the policy was
+            proximal = [TokenScores(rollout.sampler_logprobs, None) for rollout in rollouts]
+        else:
+            proximal = self._score(rollouts, with_values=gae)
 
         for index in range(num_fresh):
             rollouts[index] = replace(rollouts[index], behaviour_logprobs=proximal[index].logprobs)

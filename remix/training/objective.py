@@ -107,23 +107,28 @@ class Objective:
     @torch.no_grad()
     def _diagnose(self, inputs: LossInputs) -> dict[str, Tensor]:
         batch, mask = inputs.batch, inputs.batch.response_mask
-        policies = (inputs.logprobs, batch.behaviour_logprobs, batch.proximal_logprobs)
-        compared = self._sequence_ratios(batch, inputs.logprobs) if self.config.type == "gspo" else policies
         reference, precedent = self._divergences(inputs)
-        tokens = {
-            "log_ratio": log_ratio(inputs.logprobs, batch.behaviour_logprobs),
-            "update_kl": kl_estimate(inputs.logprobs, batch.proximal_logprobs, "k3"),
-            "lag": batch.policy_lag[:, None].expand_as(mask),
-            "clipped": is_clipped(
-                *compared, batch.advantages, clip_low=self.config.clip_low, clip_high=self.config.clip_high
-            ),
-            "entropy": inputs.entropy,
-        }
+        tokens = {"lag": batch.policy_lag[:, None].expand_as(mask), "entropy": inputs.entropy}
+        if self.config.type != "sft":
+            tokens |= self._ratios(inputs)
         if reference is not None:
             tokens["kl_reference"] = reference
         if precedent is not None:
             tokens["kl_precedent"] = precedent
         return {name: tensor[mask].detach().cpu() for name, tensor in tokens.items()}
+
+    def _ratios(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """[B, T] of what compares the policy with those before it."""
+        batch = inputs.batch
+        policies = (inputs.logprobs, batch.behaviour_logprobs, batch.proximal_logprobs)
+        compared = self._sequence_ratios(batch, inputs.logprobs) if self.config.type == "gspo" else policies
+        return {
+            "log_ratio": log_ratio(inputs.logprobs, batch.behaviour_logprobs),
+            "update_kl": kl_estimate(inputs.logprobs, batch.proximal_logprobs, "k3"),
+            "clipped": is_clipped(
+                *compared, batch.advantages, clip_low=self.config.clip_low, clip_high=self.config.clip_high
+            ),
+        }
 
     @staticmethod
     def _sequence_ratios(batch: Batch, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
