@@ -2,7 +2,8 @@
 
     python scripts/prove_resume.py [--cases WORDS] [--kills N] [--seed S] [--out DIR]
 
-For every embedded recipe, with full weights and LoRA, sampling by transformers and vLLM, on one process and two: once
+For every embedded recipe, with full weights and LoRA, sampling by transformers and vLLM, on one process and two, and
+for ReMix-GRPO with every other kind of adapter and with a LoRA swapped into vLLM: once
 without interruption, and once killed by SIGKILL, all processes at a time, at random moments of random stages (and once
 asked to stop by SIGTERM), resumed after each. Then both have to hold the same final weights, checkpoint, metrics (but
 for times), rollout shards and completions. Exit status 1 where one does not.
@@ -64,25 +65,31 @@ class Case:
         """Small, with a reincarnation, evaluations and checkpoints in between."""
         group = 1 if self.recipe.endswith("ppo") else 8
         phases = ["phases.0.until.0.after=3"] if self.recipe.startswith("remix") else []
+        swapped = self.adapter == "hot_swap"
+        merge = self.adapter == "lora" and self.engine == "vllm"
         # With dropout, so that the random generators of every rank matter; merged in half of the cases.
-        lora = ["adapter.dropout=0.1", f"reincarnation.lora={'merge' if self.engine == 'vllm' else 'snapshot'}"]
+        lora = ["adapter.dropout=0.1", f"reincarnation.lora={'merge' if merge else 'snapshot'}"]
         return [
             f"run_dir={run_dir}",
             f"max_steps={STEPS}",
-            f"adapter.type={self.adapter}",
-            f"rollout.engine={{type: {self.engine}}}",
+            f"adapter.type={'lora' if swapped else self.adapter}",
+            f"rollout.engine={{type: {self.engine}{', lora: hot_swap' * swapped}}}",
             f"batch.prompts={64 // group}",
             "eval.every=2",
             "eval.prompts=16",
             "checkpoint.every=2",
             "log.completions_every=1",
             *phases,
-            *(lora if self.adapter == "lora" else []),
+            *(lora if self.adapter == "lora" or swapped else []),
         ]
 
 
 def all_cases() -> list[Case]:
-    return [Case(*of) for of in product(RECIPES, ("none", "lora"), ("hf", "vllm"), (1, 2))]
+    kinds = [("ia3", "hf"), ("prefix", "hf"), ("prompt", "hf"), ("layers", "hf"), ("layers", "vllm")]
+    return [
+        *(Case(*of) for of in product(RECIPES, ("none", "lora"), ("hf", "vllm"), (1, 2))),
+        *(Case("remix_grpo", *kind, 1) for kind in [*kinds, ("hot_swap", "vllm")]),
+    ]
 
 
 @dataclass

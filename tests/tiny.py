@@ -64,6 +64,18 @@ MIX = [{"type": "mix_policy", "off_policy_fraction": 0.5, "window": 2, "utd_rati
 """Phases of a run that replays."""
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"type": "lora", "rank": 4, "alpha": 8},
+    "rslora": {"type": "lora", "rank": 4, "alpha": 8, "rslora": True},
+    "dora": {"type": "lora", "rank": 4, "alpha": 8, "dora": True},
+    "ia3": {"type": "ia3"},
+    "prefix": {"type": "prefix", "tokens": 5},
+    "prompt": {"type": "prompt", "tokens": 5},
+    "layers": {"type": "layers", "last_blocks": 1, "norms": True, "biases": True},
+}
+"""Adapters of every kind, small."""
+
+
 @contextmanager
 def opened(recipe: Recipe, *, resume: bool = False) -> Iterator[Any]:
     """The trainer that `python -m remix.train` would build."""

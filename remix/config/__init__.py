@@ -39,12 +39,25 @@ from remix.config.data import (
     RewardConfig,
     TaskConfig,
 )
-from remix.config.model import LoraAdapter, ModelConfig, ModelSize, NoAdapter, SeparateCritic, SharedCritic
+from remix.config.model import (
+    AdapterConfig,
+    IA3Adapter,
+    LayersAdapter,
+    LoraAdapter,
+    ModelConfig,
+    ModelSize,
+    NoAdapter,
+    PrefixAdapter,
+    PromptAdapter,
+    SeparateCritic,
+    SharedCritic,
+)
 from remix.config.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
 from remix.config.rollout import BatchConfig, HFEngineConfig, RefillConfig, RolloutConfig, VLLMEngineConfig
 from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
 
 __all__ = [
+    "AdapterConfig",
     "AdvantageConfig",
     "ArithmeticTask",
     "BatchConfig",
@@ -59,10 +72,12 @@ __all__ = [
     "GRPOAdvantage",
     "HFEngineConfig",
     "HubTask",
+    "IA3Adapter",
     "JsonlTask",
     "KLBudgetTrigger",
     "KLConfig",
     "LambdaSchedule",
+    "LayersAdapter",
     "LengthDropTrigger",
     "LengthReward",
     "LogConfig",
@@ -76,6 +91,8 @@ __all__ = [
     "OnPolicyPhase",
     "OptimizerConfig",
     "PhaseConfig",
+    "PrefixAdapter",
+    "PromptAdapter",
     "PromptConfig",
     "PythonReward",
     "RLOOAdvantage",

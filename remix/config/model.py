@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from remix.config.block import Block, Fraction
 
@@ -45,10 +45,23 @@ class ModelConfig(Block):
 
 
 class NoAdapter(Block):
+    """All weights are trained."""
+
     type: Literal["none"] = "none"
 
 
-class LoraAdapter(Block):
+class AdapterBlock(Block):
+    """What is trained instead of the model's own weights."""
+
+    path: str | None = None
+    """Folder of a saved PEFT adapter of this very kind to begin from; null = a fresh one. The reference is then the
+    policy with this adapter. A resumed run has its weights from its checkpoint: the folder may have moved, and what
+    it holds counts no longer, as long as it fits."""
+
+
+class LoraAdapter(AdapterBlock):
+    """Low-rank matrices beside the model's own (arXiv 2106.09685)."""
+
     type: Literal["lora"] = "lora"
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
@@ -56,7 +69,9 @@ class LoraAdapter(Block):
     targets: str | tuple[str, ...] = "all-linear"
     """Names of matrices, or a regular expression that their whole names match."""
     rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732)."""
     dora: bool = False
+    """Train the magnitudes of the matrices' rows apart from their directions (arXiv 2402.09353)."""
 
     @field_validator("targets")
     @classmethod
@@ -67,6 +82,72 @@ class LoraAdapter(Block):
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a regular expression ({error}); name the matrices in a list") from None
         return targets
+
+
+class IA3Adapter(AdapterBlock):
+    """(IA)³: a factor on every output of some matrices, and on every input of others (arXiv 2205.05638)."""
+
+    type: Literal["ia3"] = "ia3"
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("k_proj", "v_proj", "down_proj")
+    """Names of matrices."""
+    feedforward: tuple[str, ...] = ("down_proj",)
+    """Those of the targets whose inputs are scaled, not their outputs."""
+
+    @model_validator(mode="after")
+    def _of_the_targets(self) -> Self:
+        stray = [name for name in self.feedforward if name not in self.targets]
+        if stray:
+            raise ValueError(f"feedforward '{stray[0]}' is none of the targets: add it to targets, or leave it out")
+        return self
+
+
+VirtualTokens = Annotated[int, Field(ge=1, le=4096)]
+
+
+class PrefixAdapter(AdapterBlock):
+    """Trained keys and values before the first token, in every layer (arXiv 2101.00190)."""
+
+    type: Literal["prefix"] = "prefix"
+    tokens: VirtualTokens = 4
+    """Few: until they are trained, each takes the policy further from the base model."""
+    init: Literal["zero", "random"] = "zero"
+    """zero: at first they take attention and give nothing."""
+
+
+class PromptAdapter(AdapterBlock):
+    """Trained embeddings before the first token (arXiv 2104.08691)."""
+
+    type: Literal["prompt"] = "prompt"
+    tokens: VirtualTokens = 4
+    """Few, as of a prefix."""
+    init: Literal["random", "vocabulary"] = "random"
+    """random: as wide as the model's embeddings, meaning nothing. vocabulary: the embeddings of tokens drawn at random,
+    which a model may take as part of its prompt."""
+
+
+class LayersAdapter(AdapterBlock):
+    """Copies of some of the language model's own layers, the others frozen."""
+
+    type: Literal["layers"] = "layers"
+    last_blocks: NonNegativeInt = 2
+    """The last so many transformer blocks, whole."""
+    norms: bool = False
+    """Every normalisation."""
+    biases: bool = False
+    """Every bias (BitFit, arXiv 2106.10199). The matrices that they belong to are saved along, unchanged."""
+    head: bool = False
+    """The output head, where it is not the embedding too."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not (self.last_blocks or self.norms or self.biases or self.head):
+            raise ValueError("nothing is left to train: set last_blocks, norms, biases or head")
+        return self
+
+
+AdapterConfig = Annotated[
+    NoAdapter | LoraAdapter | IA3Adapter | PrefixAdapter | PromptAdapter | LayersAdapter, Field(discriminator="type")
+]
 
 
 class SharedCritic(Block):

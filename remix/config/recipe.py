@@ -23,9 +23,17 @@ from remix.config.algorithm import (
 )
 from remix.config.block import Block, nearest, quotable
 from remix.config.data import LengthReward, PromptConfig, RewardConfig, TaskConfig
-from remix.config.model import LoraAdapter, ModelConfig, NoAdapter, SeparateCritic, SharedCritic
+from remix.config.model import (
+    AdapterConfig,
+    IA3Adapter,
+    LoraAdapter,
+    ModelConfig,
+    NoAdapter,
+    SeparateCritic,
+    SharedCritic,
+)
 from remix.config.reading import LARGEST, read_yaml
-from remix.config.rollout import BatchConfig, RolloutConfig
+from remix.config.rollout import LARGEST_SWAPPED_RANK, BatchConfig, RolloutConfig, VLLMEngineConfig
 from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
 from remix.secrets import find_secret, redact
 
@@ -40,7 +48,7 @@ class Recipe(Block):
     max_steps: NonNegativeInt | None = None
     """Stop after this many, the plan unchanged; --resume goes on from there."""
     model: ModelConfig
-    adapter: Annotated[NoAdapter | LoraAdapter, Field(discriminator="type")] = NoAdapter()
+    adapter: AdapterConfig = NoAdapter()
     tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
     prompt: PromptConfig = PromptConfig()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
@@ -123,10 +131,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"phases.{index}: a kl_budget needs the KL measured: set kl.weight above 0, or remove the trigger"
     if kl.place == "reward" and kl.estimator == "full":
         yield "kl.estimator full is not a per-token estimate: set kl.place to loss, or kl.estimator to k1, k2 or k3"
-    if recipe.reincarnation.lora == "merge" and recipe.adapter.type != "lora":
-        yield "reincarnation.lora merge needs adapter.type lora"
-    if recipe.reincarnation.lora == "merge" and isinstance(recipe.adapter, LoraAdapter) and recipe.adapter.dora:
-        yield "reincarnation.lora merge cannot start a DoRA adapter anew: set it to snapshot, or adapter.dora to false"
+    yield from _adapter_contradictions(recipe)
     if "{problem}" not in recipe.prompt.template:
         yield "prompt.template must contain {problem}, where the problem's text goes"
     for index, reward in enumerate(recipe.rewards):
@@ -135,6 +140,42 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
                 f"rewards.{index}.max_tokens ({reward.max_tokens}) exceeds rollout.max_tokens "
                 f"({rollout.max_tokens}), so the full penalty is never reached: lower it"
             )
+
+
+def _adapter_contradictions(recipe: Recipe) -> Iterator[str]:
+    adapter, engine, merges = recipe.adapter, recipe.rollout.engine, recipe.reincarnation.lora == "merge"
+    dora = isinstance(adapter, LoraAdapter) and adapter.dora
+    if merges and dora:
+        yield "reincarnation.lora merge cannot start a DoRA adapter anew: set it to snapshot, or adapter.dora to false"
+    elif merges and not isinstance(adapter, LoraAdapter | IA3Adapter):
+        yield (
+            f"reincarnation.lora merge needs adapter.type lora or ia3: {_NOT_FOLDED[adapter.type]}; set it to snapshot"
+        )
+    if adapter.type == "prefix" and recipe.model.gradient_checkpointing:
+        yield (
+            "adapter.type prefix sits in the attention cache, which model.gradient_checkpointing does without: "
+            "set that to false, or adapter.type to prompt"
+        )
+    if not isinstance(engine, VLLMEngineConfig):
+        return
+    if adapter.type in ("prefix", "prompt"):
+        yield f"rollout.engine.type vllm does not serve adapter.type {adapter.type}: set rollout.engine.type to hf"
+    elif engine.lora == "hot_swap" and (adapter.type != "lora" or dora or merges):
+        what = "DoRA" if dora else "reincarnation.lora merge" if merges else f"adapter.type {adapter.type}"
+        yield f"rollout.engine.lora hot_swap hands vLLM a plain LoRA, which {what} is not: set it to merged"
+    elif engine.lora == "hot_swap" and isinstance(adapter, LoraAdapter) and adapter.rank > LARGEST_SWAPPED_RANK:
+        yield (
+            f"rollout.engine.lora hot_swap goes up to rank {LARGEST_SWAPPED_RANK}, adapter.rank is {adapter.rank}: "
+            "set rollout.engine.lora to merged"
+        )
+
+
+_NOT_FOLDED = {
+    "none": "there is nothing to fold in",
+    "layers": "the layers are weights themselves, with nothing to fold in",
+    "prefix": "a prefix is no part of any weight",
+    "prompt": "virtual tokens are no part of any weight",
+}
 
 
 MOST_LINES = 20

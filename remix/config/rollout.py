@@ -17,10 +17,17 @@ class HFEngineConfig(Block):
     """Responses generated side by side."""
 
 
+LARGEST_SWAPPED_RANK = 512
+"""Of a LoRA that vLLM holds beside the base weights."""
+
+
 class VLLMEngineConfig(Block):
     """vLLM, in the trainer's process or beside it."""
 
     type: Literal["vllm"] = "vllm"
+    lora: Literal["merged", "hot_swap"] = "merged"
+    """How an adapter gets there. merged: folded into a copy of all weights. hot_swap: the LoRA alone, which vLLM keeps
+    beside the base weights: less is sent after each step, and each token costs more."""
     own_process: bool = False
     """Run it in a child process of each rank. Should that die or hang it is started again and asked the same again,
     and the run computes what it would have computed."""

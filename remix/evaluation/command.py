@@ -24,7 +24,7 @@ USAGE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="M", help="hub id or directory")
-    add("--adapter", metavar="A", help="a PEFT adapter for it, hub id or directory; merged into the weights")
+    add("--adapter", metavar="A", help="a PEFT adapter for it, hub id or directory")
     add("--benchmarks", default="math", metavar="NAMES", help="suites and benchmarks, comma-separated (default math)")
     add("--samples", type=_from(1), metavar="k", help="responses to a problem (default: as the benchmark is defined)")
     add("--temperature", type=_number(None), metavar="t", help="0 = greedy (default: as defined)")

@@ -78,7 +78,9 @@ def run(request: EvalRequest) -> dict[str, Any]:
         benchmarks = load_benchmarks(request.benchmarks)
         _check_samples(request, benchmarks)
         problems = [load_problems(benchmark, request.data_dir) for benchmark in benchmarks]
-        subject = find_subject(request.model, request.adapter, revision=request.revision, dtype=request.dtype)
+        subject = find_subject(
+            request.model, request.adapter, revision=request.revision, dtype=request.dtype, engine=request.engine
+        )
         if request.chat == "always" and not subject.tokenizer.chat_template:
             raise ValueError(f"--chat always: the tokenizer of {request.model} has no chat template")
         exams = [

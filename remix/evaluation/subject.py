@@ -1,6 +1,7 @@
 """The model under evaluation: a directory or hub id, with or without an adapter, and the engine that samples from it.
 
-An adapter is merged into the weights under either engine, so that both sample from the same policy.
+An adapter is merged into the weights under either engine, so that both sample from the same policy. Virtual tokens,
+which are no part of any weight, are put before each prompt by the hf engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 
 from remix.config import ModelConfig
 from remix.models import files
-from remix.models.adapters import checkpoint_weights, merge_saved_adapter
+from remix.models.adapter_files import VIRTUAL, check_base, kind_of, read_config, virtual_tokens
+from remix.models.adapters import checkpoint_weights, with_saved_adapter
 from remix.models.loading import context_length, eos_token_ids, load_lm, load_tokenizer
 from remix.training.refusals import check_model_directory
 from remix.types import Engine
@@ -40,7 +42,7 @@ class Subject:
     dtype: Dtype
     tokenizer: Any
     context: int | None
-    """Most tokens of a prompt and its response together."""
+    """Most tokens of a prompt and its response together, an adapter's virtual ones left out."""
 
     @property
     def config(self) -> ModelConfig:
@@ -104,29 +106,38 @@ class Subject:
 
     def _load(self) -> Any:
         lm = load_lm(self.config, self.tokenizer, getattr(torch, self.dtype))
-        return lm if self.adapter_folder is None else merge_saved_adapter(lm, self.adapter_folder)
+        return lm if self.adapter_folder is None else with_saved_adapter(lm, self.adapter_folder)
 
 
 def find_subject(
-    model: str, adapter: str | None, *, revision: str | None = None, dtype: Dtype | None = None
+    model: str,
+    adapter: str | None,
+    *,
+    revision: str | None = None,
+    dtype: Dtype | None = None,
+    engine: EngineName = "hf",
 ) -> Subject:
     """Raises ValueError with the remedy where model or adapter cannot be had, or do not belong together."""
     folder = files.find(model, revision, files.MODEL_FILES, "--model")
     if not (folder / "config.json").exists() and (folder / files.ADAPTER_CONFIG).exists():
-        base = files.recorded_base(folder) or "its base model"
+        base = read_config(folder, f"--model {model}").get("base_model_name_or_path") or "its base model"
         raise ValueError(f"--model {model} is an adapter: give --model {base} --adapter {model}")
-    adapter_folder = None
+    adapter_folder, ahead = None, 0
     if adapter is not None:
         adapter_folder = files.find(adapter, None, files.ADAPTER_FILES, "--adapter")
-        try:
-            files.check_base(adapter, adapter_folder, model, folder, "--model")
-        except ValueError as error:
-            raise ValueError(f"--adapter {error}") from None
+        saved = read_config(adapter_folder, f"--adapter {adapter}")
+        check_base(saved, f"--adapter {adapter}", "--model", model, folder)
+        ahead = virtual_tokens(saved)
+        if ahead and engine == "vllm":
+            raise ValueError(
+                f"--adapter {adapter}: vLLM does not serve {VIRTUAL[kind_of(saved)]} adapters; add --engine hf"
+            )
     try:
         check_model_directory(folder)
     except ValueError as error:
         raise ValueError(f"--model {error}") from None
     config = ModelConfig(path=str(folder))
+    context = context_length(config)
     return Subject(
         model=model,
         adapter=adapter,
@@ -134,7 +145,7 @@ def find_subject(
         adapter_folder=adapter_folder,
         dtype=dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
         tokenizer=load_tokenizer(config),
-        context=context_length(config),
+        context=None if context is None else context - ahead,
     )
 
 

@@ -18,7 +18,7 @@ from remix.config import ModelConfig
 from remix.merging.base import Base
 from remix.merging.parents import Parent
 from remix.models import shards
-from remix.models.adapters import merge_saved_adapter
+from remix.models.adapters import with_saved_adapter
 from remix.models.loading import load_lm, load_tokenizer
 from remix.replay import read_shard, shard_path
 from remix.types import Rollout
@@ -138,7 +138,7 @@ def _tokens(rollout: Rollout) -> Tensor:
 def _load(base: Base, parent: Parent) -> Any:
     config = ModelConfig(path=str(parent.folder if parent.kind == "model" else base.folder))
     lm = load_lm(config, load_tokenizer(config), torch.float32)
-    return (lm if parent.kind == "model" else merge_saved_adapter(lm, parent.folder)).eval()
+    return (lm if parent.kind == "model" else with_saved_adapter(lm, parent.folder)).eval()
 
 
 def _counted(rollouts: Sequence[Rollout], done: Callable[[], None]) -> Iterator[Rollout]:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from remix.algorithms import entropy as entropy_of
 from remix.algorithms import kl_full
+from remix.models.adapters import backbone_inputs, output_head
 
 
 class AnchorStates(NamedTuple):
@@ -103,14 +104,14 @@ class ActorCritic(nn.Module):
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
     def _head(self) -> nn.Linear:
-        head: nn.Linear = self._base().get_output_embeddings()
-        return head
+        return output_head(self._base().get_output_embeddings())
 
     def _select(self, input_ids_BS: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Final hidden states [N, H] and the tokens [N] that follow them, at the masked positions only."""
         base = self._base()
         backbone = getattr(base, base.base_model_prefix)
-        hidden_BSH = backbone(input_ids=input_ids_BS, use_cache=False)[0]
+        inputs, ahead = backbone_inputs(self.lm, input_ids_BS)
+        hidden_BSH = backbone(**inputs, use_cache=False)[0][:, ahead:]
         return hidden_BSH[:, :-1][mask_BT], input_ids_BS[:, 1:][mask_BT]
 
     def _values(self, hidden_NH: Tensor, input_ids_BS: Tensor, mask_BT: Tensor) -> Tensor:

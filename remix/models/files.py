@@ -87,54 +87,6 @@ def check_adapter(folder: Path) -> None:
     raise ValueError(f"{folder}: no {ADAPTER_WEIGHTS} there, as PEFT saves it")
 
 
-def check_base(adapter: str, adapter_folder: Path, model: str, folder: Path, option: str) -> None:
-    """Raises ValueError where an adapter was trained on another model; `option` gives that model to the command.
-
-    Shapes alone do not tell a base from its instruct version; the adapter says what it was trained on.
-    """
-    if not (adapter_folder / ADAPTER_CONFIG).exists():
-        raise ValueError(f"{adapter}: no {ADAPTER_CONFIG} there, as PEFT saves it")
-    check_adapter(adapter_folder)
-    recorded = recorded_base(adapter_folder)
-    if recorded is None or same_model(recorded, model, folder):
-        return
-    raise ValueError(
-        f"{adapter} was trained on another base, {recorded}, not on {model}: give {option} {recorded}; "
-        f"if both are the same weights, correct base_model_name_or_path in its {ADAPTER_CONFIG}"
-    )
-
-
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """Raises ValueError where it is none."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: {ADAPTER_CONFIG} is not readable: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder}: {ADAPTER_CONFIG} is not readable: it holds no mapping of keys")
-    return config
-
-
-def recorded_base(adapter_folder: Path) -> str | None:
-    recorded = adapter_config(adapter_folder).get("base_model_name_or_path")
-    return str(recorded) if recorded else None
-
-
-def same_model(recorded: str, model: str, folder: Path) -> bool:
-    """By name, by place, by the last part of the name (a local copy of a hub model), or by the weights themselves."""
-    if recorded == model or Path(recorded).name.lower() in (Path(model).name.lower(), folder.name.lower()):
-        return not Path(recorded).is_dir() or _same_weights(Path(recorded), folder)
-    in_hub_cache = f"models--{recorded.replace('/', '--')}" in folder.parts
-    return in_hub_cache or (Path(recorded).is_dir() and _same_weights(Path(recorded), folder))
-
-
-def _same_weights(one: Path, other: Path) -> bool:
-    if one.resolve() == other.resolve():
-        return True
-    first, second = (fingerprint(folder, ["*.safetensors"])["sha256"] for folder in (one, other))
-    return bool(first == second)
-
-
 def commit(folder: Path) -> str | None:
     """The hub commit that a folder of its cache holds."""
     return folder.name if folder.parent.name == "snapshots" else None

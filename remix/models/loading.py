@@ -14,7 +14,7 @@ from remix.config import ModelConfig, Recipe, SeparateCritic
 from remix.errors import first_line
 from remix.models import files
 from remix.models.actor_critic import ActorCritic
-from remix.models.adapters import add_adapter
+from remix.models.adapters import add_adapter, backbone_inputs
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -89,7 +89,9 @@ def _check_logprobs(module: ActorCritic, config: ModelConfig) -> None:
     ids_BS = torch.arange(8, device=device)[None] % module.lm.config.get_text_config().vocab_size
     ours = module(ids_BS, torch.ones_like(ids_BS[:, 1:], dtype=torch.bool), 1.0, with_values=False).logprobs
     with module.autocast(device):
-        logits = module.lm(input_ids=ids_BS, use_cache=False).logits[:, :-1].float()
+        lm = module.lm.get_base_model() if hasattr(module.lm, "get_base_model") else module.lm
+        inputs, ahead = backbone_inputs(module.lm, ids_BS)
+        logits = lm(**inputs, use_cache=False).logits[:, ahead:-1].float()
     theirs = logits.log_softmax(-1).gather(-1, ids_BS[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
     if worst > (1e-3 if config.dtype == "float32" else 0.1):

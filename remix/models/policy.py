@@ -1,8 +1,9 @@
 """The policy in training and the policies that anchor it.
 
 An anchor is a snapshot of the trained parameters: all of them under full fine-tuning, the adapter's alone under an
-adapter, where the first snapshot of a LoRA (B = 0) is the base model. Log-probs under an anchor are one functional
-call of the one module, so no second model is ever built, whatever kind of adapter is in use.
+adapter. The first one is the policy as the run begins: the base model under a fresh LoRA (B = 0), (IA)³ or `layers`,
+not so under virtual tokens, nor where the run goes on from a saved adapter. Log-probs under an anchor are one
+functional call of the one module, so no second model is ever built, whatever kind of adapter is in use.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from remix.models.adapters import generation_inputs
 from remix.types import Completion, Request, Sampling
 
 
@@ -114,12 +115,9 @@ class HFEngine:
             eos_token_id=sorted(self.eos_ids),
         )
         with self.autocast():
-            tokens_BR = self.lm.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([sampler]),
-            )[:, width:].cpu()
+            lm, inputs, old = generation_inputs(self.lm, ids.to(self.device), mask.to(self.device))
+            answer = lm.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([sampler]))
+        tokens_BR = answer[:, old:].cpu()
         logprobs_BR = torch.stack(sampler.logprobs, -1).cpu()
         return [self._completion(*row) for row in zip(tokens_BR, logprobs_BR, strict=True)]
 

@@ -9,19 +9,23 @@ before.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import random
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from remix.rollout import frames
 from remix.types import Completion, FinishReason, Request, Sampling
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as tensors of this process
@@ -32,6 +36,8 @@ os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # should anything listen, th
 
 try:
     from vllm import LLM, SamplingParams
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.platforms import current_platform
@@ -46,6 +52,9 @@ except ModuleNotFoundError as error:
 
 CPU_BATCHED_TOKENS = 4096
 """Most tokens of one forward pass on a CPU; a whole prompt has to fit."""
+
+SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where a LoRA lies on its way; None = wherever temporary files do."""
 
 _ENVIRONMENT = ("LD_PRELOAD", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME")
 """Restored after every call: the first would reach processes that the trainer starts, the others say who the rank is
@@ -64,6 +73,8 @@ class VLLMEngine:
     memory_fraction: share of the GPU's memory for weights, activations and KV cache. Without effect on a CPU.
     kv_cache_gib: memory of the KV cache on a CPU. Without effect on a GPU.
     enforce_eager: no CUDA graphs and no compilation: starts sooner, decodes slower. A CPU always runs eagerly.
+    lora: the configuration of a LoRA, as PEFT writes it, without what names files. With it `sync` takes the LoRA's
+        weights alone, which vLLM keeps beside those of the checkpoint.
     kv_blocks: blocks of the KV cache; None = as many as there is memory for, afterwards in the attribute `kv_blocks`.
     """
 
@@ -82,6 +93,7 @@ class VLLMEngine:
         seed: int = 0,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        lora: Mapping[str, Any] | None = None,
         kv_blocks: int | None = None,
     ) -> None:
         """Raises ValueError where there are no safetensors weights: others would run code as they are read."""
@@ -94,6 +106,8 @@ class VLLMEngine:
         self._eos_token_ids = eos_token_ids
         self._shares_process_group = torch.distributed.is_initialized()
         self._weights_intact = True
+        self._lora = lora
+        self._lora_request: LoRARequest | None = None
         with _trainer_undisturbed(), _clear_where_no_weights(model_path):
             if self._shares_process_group:
                 os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
@@ -118,6 +132,8 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 use_tqdm_on_load=False,
+                enable_lora=lora is not None,
+                **({} if lora is None else {"max_lora_rank": _rank_slots(lora["r"]), "max_loras": 1}),
                 async_scheduling=False,  # a batch scheduled ahead would outlive its call
                 distributed_executor_backend="external_launcher" if self._shares_process_group else "uni",
             )
@@ -157,7 +173,7 @@ class VLLMEngine:
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("An interrupted call left vLLM amid a step. Build a new engine.")
             try:
-                outputs = self._llm.generate(prompts, params, use_tqdm=False)
+                outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request)
             except BaseException:
                 self._abort()
                 raise
@@ -168,13 +184,26 @@ class VLLMEngine:
 
         The iterable is read once, tensor by tensor; a tensor may be changed or freed when the next is asked for.
         A tied output head may be among the weights or not. On an unknown, missing or misshapen weight this raises
-        ValueError, and the engine, now holding a mixture, refuses to go on.
+        ValueError, and the engine, now holding a mixture, refuses to go on. With `lora`: the LoRA's weights, named as
+        in PEFT's files, taken over all at once or not at all.
         """
         self._check_weights_intact()
+        if self._lora is not None:
+            self._swap_lora(weights, self._lora)
+            return
         self._weights_intact = False
         with _trainer_undisturbed():
             self._llm.collective_rpc(_load_weights, args=(self._checked(weights),))
         self._weights_intact = True
+
+    def _swap_lora(self, weights: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> None:
+        tensors = dict(weights)
+        with _trainer_undisturbed(), TemporaryDirectory(dir=SHARED_MEMORY, prefix="remix-lora-") as folder:
+            (Path(folder) / "adapter_config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
+            (Path(folder) / "adapter_model.safetensors").write_bytes(frames.pack({}, tensors))
+            # In place: another of the same number would be taken for the one that is there.
+            self._llm.llm_engine.add_lora(LoRARequest("policy", 1, folder, load_inplace=True))
+            self._lora_request = LoRARequest("policy", 1, folder)
 
     def close(self) -> None:
         """Gives back the memory; the engine cannot be used afterwards. Closing twice is fine."""
@@ -229,6 +258,12 @@ class VLLMEngine:
 
     def _is_tied_head(self, name: str) -> bool:
         return self._head_is_tied and name.endswith("lm_head.weight")
+
+
+def _rank_slots(rank: int) -> int:
+    """The next rank that vLLM has kernels for."""
+    slots: tuple[int, ...] = get_args(MaxLoRARanks)
+    return next(size for size in slots if size >= rank)
 
 
 def _completion(output: Any) -> Completion:

@@ -12,7 +12,7 @@ from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
-from remix.models.adapters import checkpoint_weights
+from remix.models.adapters import adapter_config, engine_weights, trained_share
 from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, remove_shards
@@ -58,6 +58,8 @@ def open_trainer(
         if task.excluded:
             progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
     module = load_actor_critic(recipe, tokenizer, cluster.device)
+    share = trained_share(module.lm)
+    progress.message(f"trains {share}")
     policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
@@ -85,7 +87,8 @@ def open_trainer(
         engine = build_engine(recipe, policy, exams, progress.message)
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
-        cluster.start_trackers(recipe.model_dump(mode="json"), read_metrics(run_dir) if cluster.is_main else [])
+        plain = recipe.model_dump(mode="json") | {"trained_parameters": share.trained, "trained_share": share.share}
+        cluster.start_trackers(plain, read_metrics(run_dir) if cluster.is_main else [])
         yield Trainer(
             recipe=recipe,
             run_dir=run_dir,
@@ -174,12 +177,14 @@ def build_engine(recipe: Recipe, policy: Policy, exams: Sequence[Exam], message:
         "enforce_eager": config.enforce_eager,
         "seed": recipe.seed,
     }
+    if config.lora == "hot_swap":
+        arguments["lora"] = adapter_config(policy.module.lm)
     if config.own_process:
         from remix.rollout.process import EngineProcess
 
         return EngineProcess(
             recipe.model.path,
-            weights=lambda: checkpoint_weights(policy.module.lm),
+            weights=lambda: engine_weights(policy.module.lm, config),
             message=message,
             device=policy.device,
             timeout=config.timeout,

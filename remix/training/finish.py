@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from remix.durable import folder_written_whole, write_json
-from remix.models.adapters import save_model
+from remix.models.adapters import save_model, trained_share
 from remix.tracking.model_card import model_card
 from remix.training.loop import Trainer
 
@@ -13,6 +13,7 @@ from remix.training.loop import Trainer
 def finish(trainer: Trainer, recipe_path: str) -> dict[str, Any]:
     """Writes final/ and result.json, whose content it returns."""
     state, recipe = trainer.state, trainer.recipe
+    share = trained_share(trainer.policy.module.lm)
     result = {
         "base_pass_at_1": state.base_pass_at_1,
         "final_pass_at_1": state.pass_at_1,
@@ -24,6 +25,9 @@ def finish(trainer: Trainer, recipe_path: str) -> dict[str, Any]:
         "run_dir": str(trainer.run_dir),
         "seed": recipe.seed,
         "reincarnations": state.phase.reincarnations,
+        "adapter": recipe.adapter.type,
+        "trained_parameters": share.trained,
+        "trained_share": share.share,
     }
     if trainer.cluster.is_main:
         trainer.progress.stage("saving the model")

@@ -15,7 +15,7 @@ from remix.config import MixPolicyPhase, PhaseConfig, Recipe
 from remix.errors import Interrupted, TrainingError
 from remix.evaluation.evaluate import evaluate, training_metrics
 from remix.evaluation.exam import Exam, Question, Response, respond
-from remix.models.adapters import checkpoint_weights
+from remix.models.adapters import engine_weights
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, shard_path, write_shard
 from remix.rollout.sample import Sampler
@@ -260,7 +260,7 @@ class Trainer:
     def _sync(self, watch: Stopwatch) -> dict[str, float]:
         """The policy's weights to the engine, and the proof that they arrived."""
         with watch("syncing"):
-            self.sampler.engine.sync(checkpoint_weights(self.policy.module.lm))
+            self.sampler.engine.sync(engine_weights(self.policy.module.lm, self.recipe.rollout.engine))
             return self.probe.check(self.sampler.engine, self.stream.take(0, 4))
 
     def _evaluate(self, watch: Stopwatch) -> dict[str, float]:

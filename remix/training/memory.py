@@ -10,13 +10,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remix.config import LoraAdapter, ModelConfig, Recipe, SeparateCritic, VLLMEngineConfig
+from remix.config import (
+    AdapterConfig,
+    IA3Adapter,
+    LayersAdapter,
+    LoraAdapter,
+    ModelConfig,
+    PrefixAdapter,
+    PromptAdapter,
+    Recipe,
+    SeparateCritic,
+    VLLMEngineConfig,
+)
 
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ADAMW_MOMENTS = 2
 LOGITS_COPIES = 3
 """Logits of a chunk, their log-softmax and their gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """Of one transformer block."""
+
+    parameters: int
+    norms: int
+    """Parameters of its normalisations, which have no biases."""
+    biases: int
+    cache: int
+    """Numbers that one token has in the attention cache: keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +55,14 @@ class ModelShape:
     """Longest sequence that the model was made for; None = unknown, or stretched by RoPE scaling."""
     linears: Mapping[str, tuple[int, int]] | None = None
     """Input and output width of every matrix that an adapter can be put on, by module name; None = unknown."""
+    blocks: int = 0
+    block: BlockShape | None = None
+    """None = unknown."""
+
+    @property
+    def tied(self) -> bool:
+        """The output head is the embedding."""
+        return self.parameters == self.backbone
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +80,8 @@ class Memory:
     parameters: int | None = None
     trained: int | None = None
     """Trained parameters, the critic's included."""
+    share: float | None = None
+    """Of the policy's parameters, the adapter's among them, the trained ones; the critic is left out."""
     items: tuple[MemoryItem, ...] = ()
     unknown: str | None = None
     """Why nothing could be counted, and the remedy."""
@@ -67,22 +100,24 @@ def estimate_memory(recipe: Recipe) -> Memory:
     if shape is None:
         return Memory(unknown=f"{recipe.model.path} is not on this machine: set model.size to count memory")
     trained = shape.parameters
-    if isinstance(recipe.adapter, LoraAdapter):
-        counted = lora_parameters(shape, recipe.adapter)
+    policy = shape.parameters
+    if recipe.adapter.type != "none":
+        counted = adapter_parameters(shape, recipe.adapter)
         if counted is None:
             return Memory(
                 parameters=shape.parameters,
                 unknown="an adapter is counted from the model's config.json: download the model, or name its directory",
             )
         trained = counted
+        policy += trained
     critic = _critic_parameters(recipe, shape)
     items = tuple(item for item in _items(recipe, shape, trained, critic) if item.bytes)
-    return Memory(parameters=shape.parameters, trained=trained + critic, items=items)
+    return Memory(parameters=shape.parameters, trained=trained + critic, share=trained / policy, items=items)
 
 
 def _items(recipe: Recipe, shape: ModelShape, trained: int, critic: int) -> Iterator[MemoryItem]:
     model_bytes = shape.parameters * DTYPE_BYTES[recipe.model.dtype]
-    if isinstance(recipe.adapter, LoraAdapter):
+    if recipe.adapter.type != "none":
         yield MemoryItem(f"frozen weights, {recipe.model.dtype}", model_bytes)
     yield MemoryItem("trained weights, float32", trained * FLOAT32)
     yield MemoryItem("critic, float32", critic * FLOAT32)
@@ -91,6 +126,8 @@ def _items(recipe: Recipe, shape: ModelShape, trained: int, critic: int) -> Iter
     yield MemoryItem("logits of a chunk", recipe.model.logits_chunk * shape.vocab_size * FLOAT32 * LOGITS_COPIES)
     if isinstance(recipe.rollout.engine, VLLMEngineConfig):
         yield MemoryItem(f"vLLM weights, {recipe.model.dtype}", model_bytes)
+        if recipe.rollout.engine.lora == "hot_swap":
+            yield MemoryItem(f"vLLM LoRA, {recipe.model.dtype}", trained * DTYPE_BYTES[recipe.model.dtype])
         yield MemoryItem("vLLM cache", int(recipe.rollout.engine.kv_cache_gib * 2**30))
     anchored = recipe.kl.weight > 0
     yield MemoryItem("anchor while it scores", trained * FLOAT32 * anchored)
@@ -110,6 +147,35 @@ def _critic_parameters(recipe: Recipe, shape: ModelShape) -> int:
             shape = find_shape(ModelConfig(path=critic.path)) or shape
         backbone = shape.backbone
     return backbone + shape.hidden_size + 1
+
+
+def adapter_parameters(shape: ModelShape, adapter: AdapterConfig) -> int | None:
+    """What is trained of the policy; None where the model's matrices are unknown."""
+    if shape.linears is None or shape.block is None:
+        return None
+    match adapter:
+        case LoraAdapter():
+            return lora_parameters(shape, adapter)
+        case IA3Adapter():
+            return sum(
+                widths[0] if is_target(name, adapter.feedforward) else widths[1]
+                for name, widths in shape.linears.items()
+                if is_target(name, adapter.targets)
+            )
+        case PrefixAdapter():
+            return adapter.tokens * shape.blocks * shape.block.cache
+        case PromptAdapter():
+            return adapter.tokens * shape.hidden_size
+        case LayersAdapter():
+            others = shape.blocks - adapter.last_blocks
+            norms = others * shape.block.norms + shape.hidden_size
+            small = norms * adapter.norms + others * shape.block.biases * adapter.biases
+            return (
+                adapter.last_blocks * shape.block.parameters
+                + small
+                + adapter.head * shape.vocab_size * shape.hidden_size
+            )
+    return shape.parameters
 
 
 def lora_parameters(shape: ModelShape, adapter: LoraAdapter) -> int | None:
@@ -183,7 +249,8 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape | None:
         "mlp.down_proj": (mlp, hidden, mlp_bias),
     }
     norms = 2 * hidden + (2 * head_dim if family == "qwen3" else 0)
-    layer = norms + sum(rows * columns + columns * bias for rows, columns, bias in matrices.values())
+    biases = sum(columns * bias for _, columns, bias in matrices.values())
+    layer = norms + sum(rows * columns for rows, columns, _ in matrices.values()) + biases
     backbone = vocab * hidden + layers * layer + hidden
     linears = {
         f"model.layers.{index}.{name}": (rows, columns)
@@ -197,5 +264,7 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape | None:
         hidden_size=hidden,
         vocab_size=vocab,
         positions=config.get("max_position_embeddings") if stretched == "default" else None,
+        blocks=layers,
+        block=BlockShape(parameters=layer, norms=norms, biases=biases, cache=2 * kv),
         linears={**linears, "model.embed_tokens": (vocab, hidden), "lm_head": (hidden, vocab)},
     )

@@ -13,10 +13,14 @@ from pathlib import Path
 
 from remix.config import (
     HubTask,
+    IA3Adapter,
     KLBudgetTrigger,
+    LayersAdapter,
     LengthDropTrigger,
     LoraAdapter,
     PhaseConfig,
+    PrefixAdapter,
+    PromptAdapter,
     Recipe,
     RewardPlateauTrigger,
     RolloutsTrigger,
@@ -96,6 +100,8 @@ class Plan:
     advantage: str
     critic: bool
     engine: str
+    engine_way: str
+    """How the policy gets there."""
     world_size: int
     phases: tuple[PhasePlan, ...]
     steps: int
@@ -128,10 +134,11 @@ def make_plan(recipe: Recipe, world_size: int = 1) -> Plan:
     return Plan(
         run_dir=recipe.run_dir,
         model=recipe.model.path,
-        adapter=f"LoRA, rank {recipe.adapter.rank}" if isinstance(recipe.adapter, LoraAdapter) else "all weights",
+        adapter=_adapter_in_words(recipe),
         advantage=recipe.advantage.type,
         critic=recipe.critic is not None,
         engine=recipe.rollout.engine.type,
+        engine_way=_engine_way(recipe),
         world_size=world_size,
         phases=phases,
         steps=recipe.last_step,
@@ -199,6 +206,36 @@ def _evaluations(recipe: Recipe) -> int:
     if not recipe.eval.every:
         return 2
     return 1 + -(-recipe.last_step // recipe.eval.every)
+
+
+def _adapter_in_words(recipe: Recipe) -> str:
+    adapter = recipe.adapter
+    match adapter:
+        case LoraAdapter():
+            words = f"{'DoRA' if adapter.dora else 'LoRA'}, rank {adapter.rank}"
+        case IA3Adapter():
+            words = f"(IA)³ on {', '.join(adapter.targets)}"
+        case PrefixAdapter():
+            words = f"a prefix of {adapter.tokens} tokens"
+        case PromptAdapter():
+            words = f"a prompt of {adapter.tokens} tokens"
+        case LayersAdapter():
+            last = "the last block" if adapter.last_blocks == 1 else f"the last {adapter.last_blocks} blocks"
+            blocks = [last] if adapter.last_blocks else []
+            words = ", ".join([*blocks, *(name for name in ("norms", "biases", "head") if getattr(adapter, name))])
+        case _:
+            return "all weights"
+    return f"{words}, from {adapter.path}" if adapter.path else words
+
+
+def _engine_way(recipe: Recipe) -> str:
+    if not isinstance(recipe.rollout.engine, VLLMEngineConfig):
+        return "the trainer's own module"
+    if recipe.adapter.type == "none":
+        return "all weights after each step"
+    if recipe.rollout.engine.lora == "hot_swap":
+        return "the LoRA after each step, beside the base weights"
+    return "all weights after each step, the adapter merged into them"
 
 
 def _span(values: Iterator[int]) -> Span:

@@ -46,9 +46,13 @@ def _header(plan: Plan) -> RenderableType:
     memory = plan.memory
     if memory.parameters is not None:
         trained = f", {human_count(memory.trained)} trained" if memory.trained is not None else ""
-        table.add_row("parameters", f"{human_count(memory.parameters)}{trained}{', critic included' * plan.critic}")
+        share = f" ({memory.share:.3%} of the policy)" if memory.share not in (None, 1.0) else ""
+        table.add_row(
+            "parameters", f"{human_count(memory.parameters)}{trained}{', critic included' * plan.critic}{share}"
+        )
     processes = "1 process" if plan.world_size == 1 else f"{plan.world_size} processes"
     table.add_row("on", f"{processes}, sampling with {plan.engine}")
+    table.add_row("which has", plan.engine_way)
     table.add_row("into", showable(plan.run_dir))
     return table
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from remix.config import Recipe
 from remix.errors import TrainingError
-from remix.models.adapters import checkpoint_weights
+from remix.models.adapters import engine_weights
 from remix.models.policy import Policy
 from remix.types import Engine, Prompt, Request, Rollout, Sampling
 
@@ -18,6 +18,9 @@ DEFAULT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 """Mean |difference| in nats. In bfloat16 kernels differ by about 1e-2; weights of another model by whole nats."""
 DISTURBANCE = 1.0625
 """A factor on every weight that shows in every dtype, and drives no activation out of bounds."""
+
+DISTURBANCE_OF_B = 2**-6
+"""Added to a LoRA's B, beside the factor."""
 
 
 class SyncProbe:
@@ -73,12 +76,17 @@ class SyncProbe:
             disturbed = not _same(self._ask(engine, prompts), answer)
             if disturbed:
                 break
-        engine.sync(checkpoint_weights(self.policy.module.lm))
+        engine.sync(self._weights())
         return disturbed and _same(self._ask(engine, prompts), answer)
 
     def _disturbed_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in checkpoint_weights(self.policy.module.lm):
-            yield name, tensor * DISTURBANCE if tensor.is_floating_point() else tensor
+        for name, tensor in self._weights():
+            # Of a LoRA that has hardly begun B is so small that a factor of it would not show.
+            added = DISTURBANCE_OF_B if ".lora_B." in name else 0.0
+            yield name, tensor * DISTURBANCE + added if tensor.is_floating_point() else tensor
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        return engine_weights(self.policy.module.lm, self.recipe.rollout.engine)
 
     def _ask(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
         sampling = Sampling(max_tokens=PROBE_TOKENS, temperature=self.recipe.rollout.temperature)

@@ -7,7 +7,19 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
-from remix.config import ArithmeticTask, LoraAdapter, Recipe, SeparateCritic, VLLMEngineConfig, nearest
+from remix.config import (
+    ArithmeticTask,
+    IA3Adapter,
+    LayersAdapter,
+    LoraAdapter,
+    PrefixAdapter,
+    PromptAdapter,
+    Recipe,
+    SeparateCritic,
+    VLLMEngineConfig,
+    nearest,
+)
+from remix.models.adapter_files import check_start
 from remix.models.files import check_weights
 from remix.training.memory import ModelShape, find_shape, is_target
 from remix.training.schedule import phase_bounds
@@ -17,7 +29,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_conf
 
 def refuse_contradictions(recipe: Recipe, world_size: int) -> None:
     """Raises ValueError, one line a problem, each naming its key and the remedy."""
-    problems = [*_models(recipe), *_batch(recipe, world_size), *_data(recipe), *_phases(recipe)]
+    problems = [*_models(recipe), *_start(recipe), *_batch(recipe, world_size), *_data(recipe), *_phases(recipe)]
     shape = None if problems else find_shape(recipe.model)
     if shape is not None:
         problems += [*_lengths(recipe, shape), *_adapter(recipe, shape)]
@@ -54,6 +66,13 @@ def _models(recipe: Recipe) -> Iterator[str]:
                 check_model_directory(path)
             except ValueError as error:
                 yield f"{key}: {error}"
+
+
+def _start(recipe: Recipe) -> Iterator[str]:
+    try:
+        check_start(recipe.adapter, recipe.model.path)
+    except ValueError as error:
+        yield str(error)
 
 
 def _batch(recipe: Recipe, world_size: int) -> Iterator[str]:
@@ -110,19 +129,30 @@ def _phases(recipe: Recipe) -> Iterator[str]:
 
 
 def _lengths(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
-    longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
+    adapter = recipe.adapter
+    ahead = adapter.tokens if isinstance(adapter, PrefixAdapter | PromptAdapter) else 0
+    longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens + ahead
     if shape.positions is not None and longest > shape.positions:
+        virtual = f" + adapter.tokens {ahead}" if ahead else ""
         yield (
-            f"prompt.max_tokens {recipe.prompt.max_tokens} + rollout.max_tokens {recipe.rollout.max_tokens} exceeds "
-            f"the model's {shape.positions} positions: lower either"
+            f"prompt.max_tokens {recipe.prompt.max_tokens} + rollout.max_tokens {recipe.rollout.max_tokens}{virtual} "
+            f"exceeds the model's {shape.positions} positions: lower either"
         )
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
     adapter = recipe.adapter
-    if not isinstance(adapter, LoraAdapter):
+    if isinstance(adapter, LayersAdapter) and shape.block is not None:
+        if adapter.last_blocks > shape.blocks:
+            yield f"adapter.last_blocks {adapter.last_blocks}: the model has {shape.blocks} blocks; lower it"
+        if adapter.head and shape.tied:
+            yield (
+                "adapter.head: this model's output head is its embedding (tie_word_embeddings), which is not trained "
+                "apart: set adapter.head to false, or adapter.type to none"
+            )
+    if not isinstance(adapter, LoraAdapter | IA3Adapter):
         return
-    if adapter.rank > shape.hidden_size:
+    if isinstance(adapter, LoraAdapter) and adapter.rank > shape.hidden_size:
         yield (
             f"adapter.rank {adapter.rank} exceeds the model's hidden size {shape.hidden_size}, "
             "where it saves nothing: lower it, or set adapter.type to none"

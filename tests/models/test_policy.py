@@ -51,7 +51,7 @@ def made(length: tuple[int, int], seed: int) -> Rollout:
 ROLLOUTS = [made(length, i) for i, length in enumerate([(3, 5), (1, 1), (7, 2), (2, 11), (4, 4)])]
 
 
-def policy_of(path: Path, temperature: float = 1.0, **changes: Any) -> Policy:
+def policy_of(path: Path, /, temperature: float = 1.0, **changes: Any) -> Policy:
     recipe = tiny_recipe(path, Path("unused"), {"rollout": {"temperature": temperature}, **changes})
     tokenizer = load_tokenizer(recipe.model)
     module = load_actor_critic(recipe, tokenizer, CPU)

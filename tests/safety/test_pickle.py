@@ -146,7 +146,11 @@ def test_an_adapter_that_brings_a_tokenizer_with_code(
     status = cli.main([*command, "--limit", "1", "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err
     assert status == 2
-    assert "a PROMPT_TUNING adapter cannot be merged into the weights" in said
+    assert "it names a tokenizer to load" in said
+    # Without that it is an adapter like any other, whatever lies beside it.
+    named = {"prompt_tuning_init": "RANDOM", "tokenizer_name_or_path": None, "tokenizer_kwargs": None}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **named, "task_type": "CAUSAL_LM"}))
+    assert cli.main([*command, "--limit", "1", "--engine", "hf", "--out", str(tmp_path / "out")]) == 0
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
