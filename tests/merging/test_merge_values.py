@@ -182,6 +182,9 @@ def test_karcher_is_the_middle_of_the_arc():
     # One step from [2, 1]/√5 along the arc is all of it: -2/3·atan(1/2) + 1/3·atan 2 = 30° - atan(1/2).
     close(karcher(ZERO, [X, Y], [2, 1], iterations=1), math.sqrt(3) / 2, 0.5)
     close(karcher(ZERO, [X], [2]), 1.0, 0.0)
+    # The first guess, along [1, 2], is one of the parents: its pull is 0, the others' go on to (2·90° + 3·63.43°)/6.
+    angle, length = (2 * math.pi / 2 + 3 * math.atan(2)) / 6, (1 + 2 + 3 * math.sqrt(5)) / 6
+    close(karcher(ZERO, [X, Y, X + 2 * Y], [1, 2, 3]), length * math.cos(angle), length * math.sin(angle))
     close(karcher(ZERO, [3 * X, Y], [1, 1]), math.sqrt(2), math.sqrt(2))  # 45°, of length (3 + 1)/2
     third = math.sqrt(1 / 3)
     close(karcher(torch.zeros(3), list(torch.eye(3)), [1, 1, 1]), third, third, third)
