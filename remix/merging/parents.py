@@ -19,7 +19,7 @@ from torch import Tensor
 from remix.merging import lora
 from remix.merging.base import Base, adapter_hash, merge_record, merged_parents, model_config, weights_hash
 from remix.models import files, shards
-from remix.models.adapter_files import check_base, read_config
+from remix.models.adapter_files import check_base, kind_of, read_config
 
 KINDS = ("LORA", "IA3", "LN_TUNING")
 """PEFT's types that are a known change of single tensors."""
@@ -216,14 +216,13 @@ def _open_model(base: Base, path: str) -> ModelParent:
 
 
 def _open_adapter(base: Base, path: str) -> AdapterParent:
-    folder = files.find(path, None, files.ADAPTER_FILES, "--adapters")
-    sha256 = adapter_hash(folder)
+    folder, what = files.find(path, None, files.ADAPTER_FILES, "--adapters"), f"--adapters {path}"
+    config = read_config(folder, what)
+    sha256, kind = adapter_hash(folder), kind_of(config).upper()
     _refuse_contained(base, path, sha256)
+    check_base(config, what, "--base", base.path, base.folder)
     try:
-        config = read_config(folder, path)
-        check_base(config, path, "--base", base.path, base.folder)
-        _check_recorded(base, path, folder, config)
-        kind = str(config.get("peft_type")).upper()
+        _check_recorded(base, config.get("base_model_name_or_path"), merge_record(folder))
         _refuse_foreign(kind, config)
         weights = shards.adapter(folder)
         layers, modules = _layers(base, weights)
@@ -231,8 +230,7 @@ def _open_adapter(base: Base, path: str) -> AdapterParent:
         for tensor in layers:
             _check_layer(base, parent, tensor)
     except ValueError as error:
-        text = str(error)
-        raise ValueError(f"--adapters {text if text.startswith((path, str(folder))) else f'{path}: {text}'}") from None
+        raise ValueError(f"{what}: {error}") from None
     return parent
 
 
@@ -260,17 +258,17 @@ def _refuse_doubles(parents: Sequence[Parent]) -> None:
             raise ValueError(f"{parent.path} is a merge that holds {held} already: leave out the one or the other")
 
 
-def _check_recorded(base: Base, path: str, folder: Path, config: Mapping[str, Any]) -> None:
+def _check_recorded(base: Base, recorded: str | None, own: Mapping[str, Any] | None) -> None:
     """By hashes, where a merge has left them: a name does not tell a model from a merge that bears it."""
-    recorded, own, merged = config.get("base_model_name_or_path"), merge_record(folder), merge_record(base.folder)
+    merged = merge_record(base.folder)
     if own is not None:
         if own["base"]["sha256"] != base.sha256:
-            raise ValueError(f"{path} was merged for other weights than those of {base.path}: give --base {recorded}")
+            raise ValueError(f"it was merged for other weights than those of {base.path}: give --base {recorded}")
     elif merged is not None and not (
         recorded and Path(recorded).is_dir()
     ):  # by name alone it may mean the model before
         raise ValueError(
-            f"{path} was trained on {recorded or 'an unnamed model'}, and {base.path} is already merged: onto it go "
+            f"it was trained on {recorded or 'an unnamed model'}, and {base.path} is already merged: onto it go "
             f"adapters that were trained on it; give --base {merged['base']['path']} and all adapters at once"
         )
 

@@ -231,7 +231,7 @@ def test_a_base_that_is_merged_already(
     assert "was trained on another base" in refused(capsys, tmp_path, merged, [second])
     unsaid = changed(second, tmp_path / "unsaid", base_model_name_or_path=f"hub/{base.name}")
     error = refused(capsys, tmp_path, merged, [unsaid])
-    assert f"was trained on hub/{base.name}, and {merged} is already merged" in error
+    assert f"it was trained on hub/{base.name}, and {merged} is already merged" in error
     assert f"give --base {base}" in error
     # What was trained on the merge goes onto it; and then the first is in there still.
     onto = make_adapter(merged, tmp_path / "onto", lora(), seed=8)
