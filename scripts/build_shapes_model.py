@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -301,6 +302,14 @@ Share of right answers on 128 held-out pictures a kind, at temperature 1 (four r
 """
 
 
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """The vision tower's weights by the names that checkpoints of the hub have, where engines look for them."""
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    named = {name.replace("vision_tower.", "vision_tower.vision_model."): weights[name] for name in weights}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "recipes/embedded/shapes_base")
@@ -311,7 +320,7 @@ def main() -> None:
     torch.set_num_threads(1)  # so that sums are taken in the same order however many cores there are
     processor = make_processor()
     model, _ = train(processor, args.steps, args.seed)
-    model.save_pretrained(args.out)
+    save(model, args.out)
     processor.save_pretrained(args.out)
     table = report(LlavaForConditionalGeneration.from_pretrained(args.out), processor, args.seed)
     parameters = model.num_parameters()

@@ -29,11 +29,11 @@ RECIPE = ROOT / "recipes" / "embedded" / "continual_shapes_sft.yaml"
 PAGE = ROOT / "docs" / "continual.md"
 
 ORDERS = {
-    "A": ("colour", "shape", "where", "count", "bigger", "digit"),
-    "B": ("digit", "bigger", "count", "where", "shape", "colour"),
-    "C": ("where", "digit", "colour", "bigger", "shape", "count"),
+    "A": ("colour", "odd", "where", "smaller", "bigger", "left"),
+    "B": ("left", "bigger", "smaller", "where", "odd", "colour"),
+    "C": ("where", "left", "smaller", "colour", "odd", "bigger"),
 }
-TUNING_ORDER = ("count", "colour", "digit", "shape", "bigger", "where")
+TUNING_ORDER = ("odd", "bigger", "colour", "left", "where", "smaller")
 TUNING_SEED = 1000
 
 Settings = dict[str, Any]

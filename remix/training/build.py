@@ -64,7 +64,7 @@ def open_trainer(
         check_vllm(recipe.model.path)
     processor = load_processor(recipe.model, needed=any(prompt.images for prompt in _prompts([train, held_out])))
     tokenizer = load_tokenizer(recipe.model, processor)
-    train, held_out = (_encoded(sets, recipe, tokenizer, processor) for sets in (train, held_out))
+    train = _encoded(train, recipe, tokenizer, processor)
     for task in train:
         if task.excluded:
             progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
@@ -73,7 +73,7 @@ def open_trainer(
     progress.message(f"trains {share}")
     vision = None if processor is None else Vision(processor, module.lm)
     policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature, vision=vision)
-    seen = next((prompt for prompt in _prompts([train, held_out]) if prompt.images), None)
+    seen = next((prompt for prompt in _prompts([train]) if prompt.images), None)
     if seen is not None:
         check_images(recipe, policy, _hf_engine(policy, batch_size=1), seen)
     updater = Updater(recipe, policy, Objective(recipe), cluster)

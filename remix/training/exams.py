@@ -16,8 +16,8 @@ from remix.models.loading import context_length
 from remix.models.policy import Policy
 from remix.rewards import GraderPool
 from remix.rollout.sample import Scorer
-from remix.tasks import TaskSet, eval_prompts
-from remix.types import Sampling
+from remix.tasks import TaskSet, encode, eval_prompts
+from remix.types import Prompt, Sampling
 
 GRADER_WORKERS = 4
 
@@ -25,7 +25,7 @@ GRADER_WORKERS = 4
 def build_exams(
     recipe: Recipe, policy: Policy, held_out: Sequence[TaskSet], rewards: Scorer, stack: ExitStack
 ) -> list[Exam]:
-    """The exams, encoded. What they keep open is closed by `stack`. Raises ValueError."""
+    """The exams, encoded; `held_out` is not. What they keep open is closed by `stack`. Raises ValueError."""
     config, overrides = recipe.eval, recipe_overrides(recipe)
     if config.benchmarks:
         grader = stack.enter_context(GraderPool(workers=min(GRADER_WORKERS, os.cpu_count() or 1)))
@@ -49,9 +49,16 @@ def build_exams(
             top_p=config.top_p or 1.0,
         )
         by_name = {task.name: [task] for task in held_out} if config.tasks else {"": held_out}
+
+        def chosen(sets: Sequence[TaskSet]) -> list[Prompt]:
+            """Chosen first: encoding pictures is work."""
+            processor = None if policy.vision is None else policy.vision.processor
+            asked = eval_prompts(sets, config.prompts, seed=0)
+            return encode(asked, policy.tokenizer, recipe.prompt, processor)
+
         exams = [
             held_out_exam(
-                eval_prompts(sets, config.prompts, seed=0),
+                chosen(sets),
                 rewards,
                 name=name,
                 samples=config.samples or 1,
