@@ -44,7 +44,7 @@ FLOORS = {
 """Of a module and all beneath it; the longest name that fits counts. The package itself is the public face."""
 
 DOORS = {
-    "PIL": {"remix.models.vision", "remix.tasks.images", "remix.tasks.shapes"},
+    "PIL": {"remix.tasks.images", "remix.tasks.shapes"},
     "vllm": {"remix.rollout.vllm"},
     "accelerate": {"remix.training.distributed"},
     "deepspeed": set(),

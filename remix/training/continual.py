@@ -39,7 +39,7 @@ from remix.merging.continual import (
     sign_conflict,
 )
 from remix.models.adapters import save_model
-from remix.models.loading import load_actor_critic, load_tokenizer
+from remix.models.loading import load_actor_critic, load_processor, load_tokenizer
 from remix.models.policy import Policy, Snapshot
 from remix.tracking.progress import Progress
 from remix.training.build import lock_run, open_trainer
@@ -102,10 +102,11 @@ def _open_record(recipe: Recipe, order: list[str], cluster: Cluster, *, resume: 
     record = Record(recipe.continual.method.model_dump(mode="json"), order)
     if cluster.is_main:
         checkpoint.seed_generators(recipe.seed)
-        tokenizer = load_tokenizer(recipe.model)
+        processor = load_processor(recipe.model, needed=False)
+        tokenizer = load_tokenizer(recipe.model, processor)
         module = load_actor_critic(recipe, tokenizer, torch.device("cpu"))
         with folder_written_whole(run_dir / "initial") as folder:
-            save_model(module.lm, tokenizer, folder, base_changed=False)
+            save_model(module.lm, processor or tokenizer, folder, base_changed=False)
         write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
         record.write(run_dir)
     cluster.barrier("the untrained adapter")
@@ -203,7 +204,7 @@ def _save(trainer: Trainer, kept: Snapshot, folder: Path) -> None:
     trainer.policy.load(kept)
     if trainer.cluster.is_main:
         with folder_written_whole(folder) as files:
-            save_model(trainer.policy.module.lm, trainer.policy.tokenizer, files, base_changed=False)
+            save_model(trainer.policy.module.lm, trainer.policy.reader, files, base_changed=False)
     trainer.cluster.barrier("the merged adapter")
 
 

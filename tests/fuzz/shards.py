@@ -85,6 +85,7 @@ def groups(draw: Draw, text: st.SearchStrategy[str] = TEXT) -> RolloutGroup:
                 policy_version=version,
                 finish_reason=draw(st.sampled_from(get_args(FinishReason))),
                 seed=draw(st.integers(-(2**63), 2**63 - 1)),
+                images=prompt.images,
                 text=draw(text),
                 score=Score(
                     draw(FLOATS32 | st.floats(allow_nan=False)),
