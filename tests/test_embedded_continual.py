@@ -21,7 +21,8 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "
 
 @pytest.mark.slow
 def test_two_tasks_by_reinforcement_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["continual.order=[where,colour]", f"run_dir={tmp_path}", "steps=8", "phases.0.until.0.after=4"]
+    words = ["continual.order=[where,colour]", f"run_dir={tmp_path}", "steps=6", "phases.0.until.0.after=3"]
+    words += ["batch.prompts=24", "eval.prompts=64"]
     recipe = "recipes/embedded/continual_shapes.yaml"
     done = subprocess.run(
         [*LAUNCH, "-m", "remix.train", recipe, *words], cwd=ROOT, capture_output=True, text=True, timeout=300
