@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import torch
+
 from remix import checkpoint
 from remix.config import HFEngineConfig, Recipe, VLLMEngineConfig, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
 from remix.merging.continual import Alignment, saved_snapshot
+from remix.models import files
 from remix.models.adapters import adapter_config, engine_weights, trained_share
 from remix.models.loading import load_actor_critic, load_processor, load_tokenizer, sees_images
 from remix.models.policy import Policy
@@ -57,28 +60,10 @@ def open_trainer(
     run_dir = Path(recipe.run_dir)
     cluster.check_alike("the recipe", dump_recipe(recipe))
     checkpoint.seed_generators(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
-    train = load_tasks(recipe.tasks, "train")
-    asked = () if recipe.eval.benchmarks else recipe.eval.tasks or recipe.tasks
-    held_out = load_tasks(asked, "test") if asked else []
-    if isinstance(recipe.rollout.engine, VLLMEngineConfig) and sees_images(recipe.model):
-        check_vllm(recipe.model.path)
-    processor = load_processor(recipe.model, needed=any(prompt.images for prompt in _prompts([train, held_out])))
-    tokenizer = load_tokenizer(recipe.model, processor)
-    train = _encoded(train, recipe, tokenizer, processor)
-    for task in train:
-        if task.excluded:
-            progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
-    module = load_actor_critic(recipe, tokenizer, cluster.device)
-    share = trained_share(module.lm)
-    progress.message(f"trains {share}")
-    vision = None if processor is None else Vision(processor, module.lm)
-    policy = Policy(module, tokenizer, device=cluster.device, temperature=recipe.rollout.temperature, vision=vision)
-    seen = next((prompt for prompt in _prompts([train]) if prompt.images), None)
-    if seen is not None:
-        check_images(recipe, policy, _hf_engine(policy, batch_size=1), seen)
+    policy, train, held_out = _load(recipe, cluster.device, progress)
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
-    identity = run_identity(policy, train)
+    identity = run_identity(policy, train) | _global_adapter(recipe)
     alignment = _build_alignment(recipe, policy, updater)  # before a checkpoint makes the policy what it became
 
     with ExitStack() as stack:
@@ -103,6 +88,7 @@ def open_trainer(
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
         stack.callback(cluster.stop_trackers)
+        share = trained_share(policy.module.lm)
         plain = recipe.model_dump(mode="json") | {"trained_parameters": share.trained, "trained_share": share.share}
         cluster.start_trackers(run_dir, plain, read_metrics(run_dir) if cluster.is_main else [])
         yield Trainer(
@@ -124,6 +110,29 @@ def open_trainer(
             alignment=alignment,
             interruption=interruption or Interruption(),
         )
+
+
+def _load(recipe: Recipe, device: torch.device, progress: Progress) -> tuple[Policy, list[TaskSet], list[TaskSet]]:
+    """The policy as the run begins, its training prompts, encoded, and the held-out ones as they are."""
+    train = load_tasks(recipe.tasks, "train")
+    asked = () if recipe.eval.benchmarks else recipe.eval.tasks or recipe.tasks
+    held_out = load_tasks(asked, "test") if asked else []
+    if isinstance(recipe.rollout.engine, VLLMEngineConfig) and sees_images(recipe.model):
+        check_vllm(recipe.model.path)
+    processor = load_processor(recipe.model, needed=any(prompt.images for prompt in _prompts([train, held_out])))
+    tokenizer = load_tokenizer(recipe.model, processor)
+    train = _encoded(train, recipe, tokenizer, processor)
+    for task in train:
+        if task.excluded:
+            progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
+    module = load_actor_critic(recipe, tokenizer, device)
+    progress.message(f"trains {trained_share(module.lm)}")
+    vision = None if processor is None else Vision(processor, module.lm)
+    policy = Policy(module, tokenizer, device=device, temperature=recipe.rollout.temperature, vision=vision)
+    seen = next((prompt for prompt in _prompts([train]) if prompt.images), None)
+    if seen is not None:
+        check_images(recipe, policy, _hf_engine(policy, batch_size=1), seen)
+    return policy, train, held_out
 
 
 def _tell_resumed(state: TrainState, changes: Sequence[str], moved: Sequence[str], progress: Progress) -> None:
@@ -223,6 +232,14 @@ def build_engine(
     from remix.rollout.vllm import VLLMEngine
 
     return VLLMEngine(recipe.model.path, **arguments)
+
+
+def _global_adapter(recipe: Recipe) -> dict[str, str]:
+    """The hash of what an alignment is with: unlike other runs', these read it again when they are resumed."""
+    path = getattr(recipe.adapter, "path", None)
+    if recipe.alignment is None or path is None:
+        return {}
+    return {"adapter of adapter.path": files.fingerprint(Path(path), files.ADAPTER_FILES)["sha256"]}
 
 
 def _build_alignment(recipe: Recipe, policy: Policy, updater: Updater) -> Alignment | None:

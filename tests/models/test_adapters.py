@@ -18,10 +18,10 @@ from remix.models.adapters import (
     checkpoint_weights,
     merge_adapter,
     save_model,
-    trained_layers,
     trained_share,
     with_saved_adapter,
 )
+from remix.models.layers import trained_layers
 from remix.models.policy import Policy, token_tensors
 from remix.rollout.hf import HFEngine
 from remix.types import Request, Rollout, Sampling
