@@ -40,7 +40,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
         elif words[:2] in (["remix", "merge"], ["remix", "continual"]):
             pass
         elif "continual" in command:
-            words += [*QUICK, "continual.order=[colour,where]"]
+            words += ["steps=1", "phases=[{type: on_policy}]", *QUICK[1:], "continual.order=[colour,where]"]
         elif "auto" in words:
             words += QUICK
         elif "--resume" in words:

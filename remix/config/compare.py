@@ -8,7 +8,12 @@ from remix.config.recipe import Recipe
 
 MAY_CHANGE = {"run_dir", "max_steps", "eval", "checkpoint", "faults", "log"}
 """Keys of a recipe that do not change what a run computes: how far it goes, where it lies, what it shows."""
-PLACES = {"model.path", "adapter.path", *(f"rollout.engine.{key}" for key in ("own_process", "timeout", "restarts"))}
+PLACES = {
+    "model.path",
+    "alignment.initial",
+    "adapter.path",
+    *(f"rollout.engine.{key}" for key in ("own_process", "timeout", "restarts")),
+}
 """Dotted keys that say where something lies or runs, not what: they may change too."""
 
 

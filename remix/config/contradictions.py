@@ -58,6 +58,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield "alignment is with the adapter that the run begins from: set adapter.path"
     if recipe.alignment is not None and recipe.alignment.importance == "change" and recipe.alignment.initial is None:
         yield "alignment.importance change compares with an untrained adapter: set alignment.initial"
+    if recipe.alignment is not None and recipe.reincarnation.lora == "merge":
+        yield "alignment compares with an adapter that reincarnation.lora merge folds away: set that to snapshot"
     if recipe.continual is not None:
         yield from _continual(recipe)
     yield from _adapter(recipe)
@@ -88,6 +90,7 @@ def _imitation(recipe: Recipe) -> Iterator[str]:
 
 def _continual(recipe: Recipe) -> Iterator[str]:
     """What does not go with tasks one after the other."""
+    assert recipe.continual is not None
     if recipe.adapter.type == "none":
         yield "continual merges adapters: set adapter.type, for example to lora"
     if getattr(recipe.adapter, "path", None) is not None:
@@ -96,8 +99,13 @@ def _continual(recipe: Recipe) -> Iterator[str]:
         yield "continual aligns by its method: put the keys of alignment into continual.method.alignment"
     if recipe.reincarnation.lora == "merge":
         yield "continual needs one base for all tasks: set reincarnation.lora to snapshot"
-    if recipe.eval.benchmarks:
-        yield "continual evaluates its own tasks after each: remove eval.benchmarks"
+    if recipe.eval.benchmarks or recipe.eval.tasks:
+        yield "continual evaluates its own tasks after each: remove eval.benchmarks and eval.tasks"
+    if recipe.max_steps is not None:
+        yield "continual learns every task by all its steps: set steps in place of max_steps"
+    dora = isinstance(recipe.adapter, LoraAdapter) and recipe.adapter.dora
+    if dora and getattr(recipe.continual.method, "form", "factors") == "delta":
+        yield "continual.method.form delta merges plain products, which a DoRA is not: set it to factors"
 
 
 def _adapter(recipe: Recipe) -> Iterator[str]:

@@ -127,6 +127,8 @@ class MfeEtpTask(TaskBlock):
     """What becomes of an annotation without a response."""
     holdout: Fraction = 0.2
     """Share kept for evaluation; a kind has some fifty to a few hundred questions."""
+    limit: PositiveInt | None = None
+    """Of all kinds together."""
 
 
 TaskConfig = Annotated[

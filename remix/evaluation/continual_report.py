@@ -50,7 +50,8 @@ def write_report(record: Record, run_dir: Path) -> list[Path]:
     return [text, picture]
 
 
-def markdown(record: Record, picture: str) -> str:
+def markdown(record: Record, picture: str | None = None) -> str:
+    """`picture`: the file of `draw_matrix`, to be shown."""
     names = [markdown_text(task) for task in record.order]
     rows = [["nothing", *(_percent(record.base[task]) for task in record.order)]]
     rows += [[markdown_text(row.task), *(_percent(row.merged[task]) for task in record.order)] for row in record.learnt]
@@ -70,7 +71,7 @@ def markdown(record: Record, picture: str) -> str:
     parts = [
         f"# {record.method['type']}: {len(record.learnt)} of {len(record.order)} tasks learnt",
         f"Method: {record.method['type']}" + (f" ({markdown_text(settings)})." if settings else "."),
-        f"![accuracy matrix]({picture})",
+        *([] if picture is None else [f"![accuracy matrix]({picture})"]),
         "pass@1 on every task (columns) after each task was learnt (rows):",
         _markdown_table(["after", *names], rows),
         _markdown_table(["", "", ""], scores),

@@ -25,9 +25,9 @@ def backward_transfer(a: Matrix) -> float | None:
 
 
 def forgetting(a: Matrix) -> float | None:
-    """1/(t-1) Σ_{i<t} (max_{i≤s<t} a[s, i] - a[t, i]). None after a single task."""
+    """1/(t-1) Σ_{i<t} (max_{s<t} a[s, i] - a[t, i]). None after a single task."""
     last = len(a) - 1
-    return fmean(max(a[s][i] for s in range(i, last)) - a[last][i] for i in range(last)) if last else None
+    return fmean(max(row[i] for row in a[:last]) - a[last][i] for i in range(last)) if last else None
 
 
 def zero_shot(a: Matrix) -> float | None:

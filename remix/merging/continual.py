@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,9 @@ from remix.merging.lora import refactor
 from remix.merging.methods import align, find_method, misaligned_fraction, tall_mask
 from remix.models.adapters import load_adapter
 from remix.models.policy import Policy, Snapshot
-from remix.training.update import Updater
+
+if TYPE_CHECKING:
+    from remix.training.update import Updater
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW."""

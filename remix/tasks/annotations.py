@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from remix.config.block import quotable
 from remix.formats import refuse_pickled
-from remix.tasks.rows import cell, text
+from remix.tasks.rows import cell, image_in, text
 
 
 def read_json(path: Path) -> Any:
@@ -51,22 +50,6 @@ def member(row: Mapping[str, Any], key: str, kind: type[Any], where: str) -> Any
 def said(row: Mapping[str, Any], key: str, where: str) -> str:
     """The text or the number of a key."""
     return text(row, key, key, where)
-
-
-def image_in(folder: Path, name: Any, where: str) -> str:
-    """The path of an image that an annotation names, which never leads out of the folder."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"{where}: {quotable(repr(name))} is no image's path; name a file in the folder of images")
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
-        raise ValueError(
-            f"{where}: the image path '{quotable(name)}' leads out of the folder of images, {folder}; "
-            "paths are relative to it, without '..'"
-        )
-    path = folder / relative
-    if not os.path.isfile(path):
-        raise ValueError(f"{where}: no image {quotable(str(path))}; set the folder of images, or remove the annotation")
-    return str(path)
 
 
 def images_in(folder: Path, names: Sequence[Any], where: str) -> tuple[str, ...]:

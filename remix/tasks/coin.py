@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from remix.config import CoinTask
-from remix.tasks.annotations import image_in, member, read_json, rows_of, said
-from remix.tasks.rows import Split, cut, is_empty
+from remix.tasks.annotations import member, read_json, rows_of, said
+from remix.tasks.rows import Split, cut, image_in, is_empty
 from remix.types import Message, Prompt
 
 PLACEHOLDER = "<image>"

@@ -34,7 +34,7 @@ def load_mfe_etp(config: MfeEtpTask, split: Split, task: str) -> list[Prompt]:
             )
             raise ValueError(f"{folder} has no kind '{quotable(kind)}'; {quotable(found)}")
         prompts += _prompts(folder / kind, config, task)
-    return cut(prompts, config.holdout, split)
+    return cut(prompts[: config.limit], config.holdout, split)
 
 
 def _prompts(folder: Path, config: MfeEtpTask, task: str) -> Iterator[Prompt]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Literal
 
 from remix.config import HubTask, JsonlTask
@@ -107,7 +108,8 @@ def _content(row: Mapping[str, Any], column: str, where: str) -> str | tuple[Mes
 
 
 def images_of(row: Mapping[str, Any], column: str | None, where: str) -> tuple[str, ...]:
-    """Paths, as they are opened from the working directory; none without a column of them."""
+    """Paths, as they are opened from the working directory; none without a column of them. They are relative to the
+    file, and lead nowhere else."""
     if column is None:
         return ()
     found = cell(row, "images", column, where)
@@ -119,7 +121,23 @@ def images_of(row: Mapping[str, Any], column: str | None, where: str) -> tuple[s
             "path, or a list of them"
         )
     folder = Path(where.rpartition(":")[0]).parent
-    return tuple(str(folder / path) for path in paths)
+    return tuple(image_in(folder, path, where) for path in paths)
+
+
+def image_in(folder: Path, name: Any, where: str) -> str:
+    """The path of an image that an annotation names, which never leads out of the folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{where}: {quotable(repr(name))} is no image's path; name a file in the folder of images")
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+        raise ValueError(
+            f"{where}: the image path '{quotable(name)}' leads out of the folder of images, {folder}; "
+            "paths are relative to it, without '..'"
+        )
+    path = folder / relative
+    if not os.path.isfile(path):
+        raise ValueError(f"{where}: no image {quotable(str(path))}; set the folder of images, or remove the annotation")
+    return str(path)
 
 
 def _is_turn(turn: Any) -> bool:

@@ -33,6 +33,7 @@ from remix.training.experience import Experience
 from remix.training.interruption import Interruption
 from remix.training.loop import Trainer
 from remix.training.objective import Objective
+from remix.training.plan import make_plan
 from remix.training.probe import SyncProbe, check_images
 from remix.training.state import TrainState, check_same_run, from_checkpoint, moved_on, run_identity
 from remix.training.update import Updater
@@ -85,6 +86,7 @@ def open_trainer(
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         exams = build_exams(recipe, policy, held_out, rewards, stack)
         engine = build_engine(recipe, policy, train, exams, progress.message)
+        stack.callback(cluster.forget)  # or a run after this one in the process would find its model beside its own
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
         stack.callback(cluster.stop_trackers)
@@ -247,8 +249,7 @@ def _build_alignment(recipe: Recipe, policy: Policy, updater: Updater) -> Alignm
     if config is None:
         return None
     initial = None if config.initial is None else saved_snapshot(policy, Path(config.initial))
-    updates = recipe.steps * recipe.batch.minibatches * recipe.phases[0].utd_ratio
-    return Alignment(config, policy, updater, updates=updates, initial=initial)
+    return Alignment(config, policy, updater, updates=make_plan(recipe).optimizer_steps.high, initial=initial)
 
 
 def _build_sampler(recipe: Recipe, engine: Engine, rewards: RewardSuite, policy: Policy) -> Sampler:
@@ -259,7 +260,8 @@ def _build_sampler(recipe: Recipe, engine: Engine, rewards: RewardSuite, policy:
     def encoded(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    eos = policy.module.eos_token_ids[0]
+    ends = policy.module.eos_token_ids
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     return Demonstrations(engine, rewards, _decoder(tokenizer), recipe.seed, encode=encoded, eos_token_id=eos)
 
 

@@ -30,6 +30,7 @@ from remix.config import (
 )
 from remix.durable import folder_written_whole, write_json, write_text
 from remix.evaluation.continual import RECORD, Learnt, Record, read_record
+from remix.evaluation.continual_report import markdown
 from remix.evaluation.transfer import summary
 from remix.merging.continual import (
     average_into,
@@ -41,6 +42,7 @@ from remix.merging.continual import (
 from remix.models.adapters import save_model
 from remix.models.loading import load_actor_critic, load_processor, load_tokenizer
 from remix.models.policy import Policy, Snapshot
+from remix.tasks import Split, encode, eval_prompts, load_tasks
 from remix.tracking.progress import Progress
 from remix.training.build import lock_run, open_trainer
 from remix.training.distributed import Cluster
@@ -63,47 +65,48 @@ def run_continual(
         if cluster.is_main:
             stack.callback(lock_run(run_dir).close)
         record = _open_record(recipe, order, cluster, resume=resume, allow_changed=allow_changed)
+        options: dict[str, Any] = {"allow_changed": allow_changed, "interruption": interruption}
         for index in range(len(record.learnt), len(order)):
-            stage = stage_recipe(recipe, order, index)
-            progress = Progress(
-                f"{order[index]} ({index + 1} of {len(order)})", stage.run_dir, stage.last_step, enabled=cluster.is_main
-            )
-            begun = (Path(stage.run_dir) / "recipe.yaml").exists()
-            with (
-                progress,
-                open_trainer(
-                    stage, cluster, progress, resume=begun, allow_changed=allow_changed, interruption=interruption
-                ) as trainer,
-            ):
-                trainer.fit()
-                finish(trainer, recipe_path)
-                record.learnt.append(_after_task(recipe, record, trainer, run_dir))
+            record.learnt.append(_learn(recipe, record, index, recipe_path, cluster, **options))
             if cluster.is_main:
                 record.write(run_dir)
         result = _result(recipe, record)
         if cluster.is_main:
-            _conclude(recipe, result)
+            _conclude(recipe, record, result)
     return record, result
+
+
+def _learn(recipe: Recipe, record: Record, index: int, recipe_path: str, cluster: Cluster, **options: Any) -> Learnt:
+    """One task: its run, and what is made of its adapter. A function, so that its model is gone before the next."""
+    stage, task = stage_recipe(recipe, record.order, index), record.order[index]
+    title = f"{task} ({index + 1} of {len(record.order)})"
+    progress = Progress(title, stage.run_dir, stage.last_step, enabled=cluster.is_main)
+    begun = (Path(stage.run_dir) / "recipe.yaml").exists()
+    with progress, open_trainer(stage, cluster, progress, resume=begun, **options) as trainer:
+        trainer.fit()
+        finish(trainer, recipe_path)
+        return _after_task(recipe, record, trainer, Path(recipe.run_dir))
 
 
 def _open_record(recipe: Recipe, order: list[str], cluster: Cluster, *, resume: bool, allow_changed: bool) -> Record:
     """Of the run so far, or a new one with the adapter that no task has trained."""
     assert recipe.continual is not None
     run_dir = Path(recipe.run_dir)
-    if resume and (run_dir / RECORD).exists():
+    # As the first rank sees it: another might come when the record is already being written.
+    if cluster.gather(resume and (run_dir / RECORD).exists(), "the record of the tasks")[0]:
         saved = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
         changes = changed_keys(parse_recipe(saved, "the run's recipe"), recipe)
-        if changes and not allow_changed:
+        fixed = [change for change in changes if change.startswith(("continual.", "tasks."))]
+        if fixed or (changes and not allow_changed):
             raise ValueError(
-                f"the recipe is not the one that the run was begun with: {'; '.join(changes)}. "
-                "Put them back, or add --allow-changed to go on all the same"
+                f"the recipe is not the one that the run was begun with: {'; '.join(fixed or changes)}. Put them back"
+                + (", or begin a new run" if fixed else ", or add --allow-changed to go on all the same")
             )
         return read_record(run_dir)
+    processor, tokenizer = _check_data(recipe, order)
     record = Record(recipe.continual.method.model_dump(mode="json"), order)
     if cluster.is_main:
         checkpoint.seed_generators(recipe.seed)
-        processor = load_processor(recipe.model, needed=False)
-        tokenizer = load_tokenizer(recipe.model, processor)
         module = load_actor_critic(recipe, tokenizer, torch.device("cpu"))
         with folder_written_whole(run_dir / "initial") as folder:
             save_model(module.lm, processor or tokenizer, folder, base_changed=False)
@@ -111,6 +114,27 @@ def _open_record(recipe: Recipe, order: list[str], cluster: Cluster, *, resume: 
         record.write(run_dir)
     cluster.barrier("the untrained adapter")
     return record
+
+
+def _check_data(recipe: Recipe, order: Sequence[str]) -> tuple[Any, Any]:
+    """Reads what all the tasks will read, pictures too, so that nothing is found missing hours later.
+
+    Returns processor and tokenizer. Raises ValueError.
+    """
+    splits: tuple[Split, Split] = ("train", "test")
+    train, held_out = (load_tasks(recipe.tasks, split) for split in splits)
+    left_out = [name for name in order if name not in {task.name for task in held_out}]
+    if left_out:
+        raise ValueError(
+            f"task '{left_out[0]}' has no held-out problems, by which forgetting is measured: give it a holdout above "
+            "0, or an evaluation split"
+        )
+    chosen = [eval_prompts([task], recipe.eval.prompts, seed=0) for task in held_out]
+    prompts = [prompt for found in (*(task.prompts for task in train), *chosen) for prompt in found]
+    processor = load_processor(recipe.model, needed=any(prompt.images for prompt in prompts))
+    tokenizer = load_tokenizer(recipe.model, processor)
+    encode(prompts, tokenizer, recipe.prompt, processor)
+    return processor, tokenizer
 
 
 def _result(recipe: Recipe, record: Record) -> dict[str, Any]:
@@ -124,14 +148,17 @@ def _result(recipe: Recipe, record: Record) -> dict[str, Any]:
     }
 
 
-def _conclude(recipe: Recipe, result: Mapping[str, Any]) -> None:
+def _conclude(recipe: Recipe, record: Record, result: Mapping[str, Any]) -> None:
     """result.json, and the adapter that the run ends with in final/, where all tasks share one."""
     assert recipe.continual is not None
-    run_dir, last = Path(recipe.run_dir), stage_dir(Path(recipe.run_dir), result["tasks"] - 1)
+    run_dir, last = Path(recipe.run_dir), stage_dir(Path(recipe.run_dir), len(record.order) - 1)
     if not isinstance(recipe.continual.method, IndependentMethod):
         kept = last / "merged"
+        metadata = {"base_model": recipe.model.path, "library_name": "peft", "tags": ["remix", "continual-learning"]}
+        head = yaml.safe_dump(metadata, sort_keys=False).strip()
         with folder_written_whole(run_dir / "final") as folder:
             shutil.copytree(kept if kept.exists() else last / "final", folder, dirs_exist_ok=True)
+            write_text(folder / "README.md", f"---\n{head}\n---\n\n{markdown(record)}")
     write_json(run_dir / "result.json", result)
 
 

@@ -55,7 +55,7 @@ def stage_recipe(recipe: Recipe, order: Sequence[str], index: int) -> Recipe:
         plain["tasks"] += [
             _stored(by_name[name], method.stored) | {"weight": method.share / index} for name in order[:index]
         ]
-    plain["eval"] |= {"tasks": plain["eval"]["tasks"] or [by_name[name] for name in order], "before": index == 0}
+    plain["eval"] |= {"tasks": [by_name[name] for name in order], "before": index == 0}
     plain["adapter"] |= {"path": str(_start(recipe, index))}
     if isinstance(method, PAMMethod) and method.alignment is not None and index:
         plain["alignment"] = method.alignment.model_dump(mode="json") | {"initial": str(run_dir / "initial")}

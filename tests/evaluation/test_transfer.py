@@ -28,6 +28,12 @@ def test_forgetting_counts_from_the_best_and_backward_transfer_from_the_first() 
     assert forgetting(better_later) == pytest.approx((0.2 + 0.0) / 2)
 
 
+def test_the_best_may_have_been_before_it_was_learnt() -> None:
+    assert forgetting([[0.5, 0.9, 0.0], [0.4, 0.3, 0.0], [0.5, 0.2, 0.7]]) == pytest.approx(
+        ((0.5 - 0.5) + (0.9 - 0.2)) / 2
+    )
+
+
 def test_a_run_under_way() -> None:
     assert average_accuracy(MATRIX[:2]) == pytest.approx((0.5 + 0.8) / 2)
     assert summary(MATRIX[:1]) == {"ACC": 0.9, "BWT": None, "forgetting": None, "zero_shot": pytest.approx(0.15)}

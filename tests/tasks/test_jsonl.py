@@ -205,11 +205,27 @@ def test_real_files_load_whole(name, rows):
 
 
 def test_images_are_paths_beside_the_file(tmp_path):
-    rows = [{"problem": "p", "answer": 1, "pics": pics} for pics in ("a.png", ["b/c.png", "d.png"], [], None, "/e.png")]
+    (tmp_path / "b").mkdir()
+    for name in ("a.png", "b/c.png", "d.png"):
+        (tmp_path / name).touch()
+    rows = [{"problem": "p", "answer": 1, "pics": pics} for pics in ("a.png", ["b/c.png", "d.png"], [], None)]
     prompts = load(path=write(tmp_path / "x.jsonl", *rows), id=None, images="pics")
     inside = [tuple(str(tmp_path / name) for name in names) for names in (["a.png"], ["b/c.png", "d.png"])]
-    assert [p.images for p in prompts] == [*inside, (), (), ("/e.png",)]
+    assert [p.images for p in prompts] == [*inside, (), ()]
     assert load(path=write(tmp_path / "y.jsonl", *rows), id=None)[0].images == ()
+
+
+@pytest.mark.parametrize("pics", ["/etc/hostname", "../a.png", ["b/../../a.png"]])
+def test_no_path_leads_out_of_the_files_folder(tmp_path, pics):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "data").mkdir()
+    path = write(tmp_path / "data" / "x.jsonl", {"problem": "p", "answer": 1, "pics": pics})
+    assert "leads out of the folder" in refuses(path, id=None, images="pics")
+
+
+def test_an_image_that_is_missing_is_named(tmp_path):
+    path = write(tmp_path / "x.jsonl", {"problem": "p", "answer": 1, "pics": "gone.png"})
+    assert "gone.png" in refuses(path, id=None, images="pics")
 
 
 @pytest.mark.parametrize("pics", [3, [3], [""], {"path": "a.png"}])
@@ -225,6 +241,8 @@ def test_one_question_about_many_pictures_is_on_both_sides(tmp_path):
     sides = []
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
+        for row in rows:
+            (tmp_path / folder / row["pics"]).touch()
         path = write(tmp_path / folder / "x.jsonl", *rows)
         held_out = load("test", path=path, id=None, images="pics", holdout=0.3)
         assert 30 < len(held_out) < 90

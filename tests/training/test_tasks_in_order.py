@@ -16,6 +16,7 @@ from remix.train import run
 from remix.training.loop import Trainer
 from remix.training.stages import make_plans
 from tests.tiny import MIX, tiny_recipe
+from tests.training.test_processes import launch
 
 SHORT: dict[str, Any] = {"type": "arithmetic", "max_terms": 3, "size": 64}
 TASKS = [SHORT | {"kinds": ["sum"], "label": "sums"}, SHORT | {"kinds": ["product_sum"], "label": "products"}]
@@ -142,6 +143,15 @@ def test_an_order_of_ones_own_and_a_plan_for_every_task(tiny_model: Path, tmp_pa
         ({"adapter": {"type": "lora", "path": "somewhere"}}, "remove adapter.path"),
         ({"reincarnation": {"lora": "merge"}}, "lora to snapshot"),
         ({"eval": {"benchmarks": ["math"]}}, "remove eval.benchmarks"),
+        ({"eval": {"tasks": TASKS}}, "remove eval.benchmarks and eval.tasks"),
+        ({"max_steps": 2}, "in place of max_steps"),
+        (
+            {
+                "adapter": {"type": "lora", "dora": True},
+                "continual": {"method": {"type": "average", "form": "delta"}},
+            },
+            "form delta",
+        ),
         ({"continual": None, "alignment": {}}, "set adapter.path"),
     ],
 )
@@ -158,6 +168,40 @@ def test_another_recipe_does_not_go_on_with_it(tiny_model: Path, tmp_path: Path)
         run(recipe_of(tiny_model, tmp_path))
     with pytest.raises(ValueError, match="seed was 0, is 3"):
         run(recipe_of(tiny_model, tmp_path, seed=3), resume=True)
+    with pytest.raises(ValueError, match="begin a new run"):  # what is recorded would be of another method
+        run(recipe_of(tiny_model, tmp_path, method="average"), resume=True, allow_changed=True)
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"type": "jsonl", "path": "nowhere.jsonl"}, "no such file"),
+        (SHORT | {"kinds": ["sum_subtract"], "max_terms": 5, "label": "long"}, "prompt.max_tokens"),
+    ],
+)
+def test_what_a_later_task_lacks_is_found_before_the_first_begins(
+    tiny_model: Path, tmp_path: Path, second: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(recipe_of(tiny_model, tmp_path / "run", tasks=[TASKS[0], second], prompt={"max_tokens": 8}))
+    assert not list((tmp_path / "run").glob("*.json"))
+
+
+def test_a_task_without_held_out_problems_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"id": str(n), "problem": f"{n}+1=", "answer": str(n + 1)}) for n in range(1, 9)]
+    (tmp_path / "all.jsonl").write_text("\n".join(rows))
+    second = {"type": "jsonl", "path": str(tmp_path / "all.jsonl"), "holdout": 0.0}
+    with pytest.raises(ValueError, match="'all' has no held-out problems"):
+        run(recipe_of(tiny_model, tmp_path / "run", tasks=[TASKS[0], second]))
+
+
+def test_two_processes_learn_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        recipe = recipe_of(tiny_model, tmp_path / f"run{processes}", optimizer={"lr": 0.01, "eps": 1e-3})
+        launch(recipe, tmp_path / f"launch{processes}", processes=processes)
+    one, two = (adapter(tmp_path / f"run{processes}" / "final") for processes in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize(
