@@ -4,18 +4,18 @@
     python scripts/study_continual.py --write-only         # the page from the runs that are there
 
 Every cell is a run of recipes/embedded/continual_shapes_sft.yaml with other keys, in `--out`; a cell that is done is
-not run again, and one that was interrupted goes on. Settings of a method are chosen among its few by ACC on runs of
-their own (another order, another seed) before it is measured, as many for each. All numbers of the page come from the
-runs.
+not run again, and one that was interrupted goes on. One rank for all methods and then each method's settings are chosen
+by ACC on another order and another seed before anything is measured. All numbers of the page come from the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -35,155 +35,161 @@ ORDERS = {
 }
 TUNING_ORDER = ("odd", "bigger", "colour", "left", "where", "smaller")
 TUNING_SEED = 1000
+RANKS = (8, 16)
+"""Of all methods alike: the one that is better on average over them."""
 
 Settings = dict[str, Any]
-PAM: Settings = {"method": {"type": "pam"}}
 
 
-def pam(**alignment: Any) -> Settings:
-    return {"method": {"type": "pam", "alignment": alignment}}
+def pam(kind: str = "pam", **alignment: Any) -> Settings:
+    return {"type": kind, "alignment": alignment}
 
 
 METHODS: dict[str, tuple[Settings, ...]] = {
-    "independent": tuple({"method": {"type": "independent"}, "rank": rank} for rank in (8, 16)),
-    "sequential": tuple({"method": {"type": "sequential"}, "rank": rank} for rank in (8, 16)),
-    "replay": tuple({"method": {"type": "replay", "share": share}} for share in (0.3, 0.5)),
-    "average": tuple({"method": {"type": "average", "form": form}} for form in ("factors", "delta")),
+    "independent": ({"type": "independent"},),
+    "sequential": ({"type": "sequential"},),
+    "replay": tuple({"type": "replay", "share": share} for share in (0.3, 0.15, 0.5)),
+    "average": tuple({"type": "average", "form": form} for form in ("factors", "delta")),
     "average in sequence": tuple(
-        {"method": {"type": "average", "start": "previous"}, "rank": rank} for rank in (8, 16)
+        {"type": "average", "start": "previous", "form": form} for form in ("factors", "delta")
     ),
-    "TIES": tuple({"method": {"type": "ties", "density": density, "form": "delta"}} for density in (0.2, 0.5)),
-    "MagMax": tuple({"method": {"type": "magmax"}, "rank": rank} for rank in (8, 16)),
-    "running average": tuple({"method": {"type": "pam", "alignment": None}, "rank": rank} for rank in (8, 16)),
-    "PAM": (pam(share=0.5), pam(share=0.75)),
-    "PAM, |g - init|": (pam(share=0.5, importance="change"), pam(share=0.75, importance="change")),
-    "PAM, B alone": (pam(share=0.5, factors=["B"]), pam(share=0.75, factors=["B"])),
-    "PAM + TALL": tuple({"method": {"type": "pam+tall", "threshold": threshold}} for threshold in (0.2, 0.4)),
+    "TIES": tuple({"type": "ties", "form": "delta", "density": density} for density in (0.2, 0.5, 0.8)),
+    "MagMax": tuple({"type": "magmax", "form": form} for form in ("factors", "delta")),
+    "running average": ({"type": "pam", "alignment": None},),
+    "PAM": (pam(share=0.5), pam(share=0.75), pam(share=0.5, every=8)),
+    "PAM by change": tuple(
+        pam(importance="change", **more) for more in ({"share": 0.5}, {"share": 0.75}, {"share": 0.5, "every": 8})
+    ),
+    "PAM on B alone": tuple(
+        pam(factors=["B"], **more) for more in ({"share": 0.5}, {"share": 0.75}, {"share": 0.5, "every": 8})
+    ),
+    "PAM + TALL": tuple(pam("pam+tall", share=0.5) | {"threshold": threshold} for threshold in (0.4, 0.2, 0.6)),
 }
-"""What each may choose from: two settings, so that none is tuned more than another."""
+"""What each may choose from, by ACC, at the common rank; the first is its default. `running average` is PAM in all but
+the alignment, so that their difference is the alignment's share."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
-    """One run."""
+    """One run. Its folder is named by all that decides it, so that another is not taken for it."""
 
-    name: str
+    method: str
+    settings: Settings
+    rank: int
     order: tuple[str, ...]
     seed: int
-    settings: Settings
 
-    def run_dir(self, out: Path) -> Path:
-        return out / self.name
+    @property
+    def keys(self) -> list[str]:
+        return [
+            f"seed={self.seed}",
+            f"adapter.rank={self.rank}",
+            f"adapter.alpha={2 * self.rank}",
+            f"continual.order={json.dumps(list(self.order))}",
+            f"continual.method={json.dumps(self.settings, sort_keys=True)}",
+        ]
+
+    @property
+    def name(self) -> str:
+        decides = "\n".join([RECIPE.read_text(encoding="utf-8"), *self.keys])
+        slug = "".join(c if c.isalnum() else "-" for c in self.method.lower()).strip("-")
+        return f"{slug}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
 
 
-def overrides(cell: Cell, out: Path) -> list[str]:
-    rank = cell.settings.get("rank", 16)
-    return [
-        f"run_dir={cell.run_dir(out)}",
-        f"seed={cell.seed}",
-        f"adapter.rank={rank}",
-        f"adapter.alpha={2 * rank}",
-        f"continual.order={json.dumps(list(cell.order))}",
-        f"continual.method={json.dumps(cell.settings['method'])}",
-    ]
-
-
-def run_cell(cell: Cell, out: str) -> dict[str, Any]:
+def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
     """In a process of its own; the result of one that is done is read."""
     from remix.config import load_recipe
     from remix.train import run
 
-    folder = cell.run_dir(Path(out))
+    folder = out / cell.name
     done = folder / "result.json"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            run(
-                load_recipe(RECIPE, overrides(cell, Path(out))),
-                str(RECIPE),
-                resume=(folder / "continual.json").exists(),
-            )
+            recipe = load_recipe(RECIPE, [f"run_dir={folder}", *cell.keys])
+            run(recipe, str(RECIPE), resume=(folder / "continual.json").exists())
     result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
     return result
 
 
-def run_all(cells: Sequence[Cell], out: Path, jobs: int) -> dict[str, dict[str, Any]]:
-    results: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        futures = {cell.name: pool.submit(run_cell, cell, str(out)) for cell in cells}
-        for number, (name, future) in enumerate(futures.items(), 1):
-            results[name] = future.result()
-            shown = ", ".join(f"{key} {100 * results[name][key]:.1f}" for key in ("ACC", "BWT"))
-            print(f"{number}/{len(cells)}  {name}: {shown}", flush=True)
-    return results
+class Study:
+    """Runs of cells, several at a time; each once."""
+
+    def __init__(self, out: Path, jobs: int) -> None:
+        """`jobs`: 0 = run nothing, only read."""
+        self.out, self.jobs = out, jobs
+        self.results: dict[str, dict[str, Any]] = {}
+        """By the cell's name."""
+
+    def run(self, cells: Sequence[Cell], what: str) -> None:
+        if not self.jobs:
+            for cell in cells:
+                self.results[cell.name] = json.loads((self.out / cell.name / "result.json").read_text("utf-8"))
+            return
+        with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
+            futures = {cell: pool.submit(run_cell, cell, self.out) for cell in cells}
+            try:
+                for number, (cell, future) in enumerate(futures.items(), 1):
+                    self.results[cell.name] = future.result()
+                    shown = ", ".join(f"{key} {100 * self.results[cell.name][key]:.1f}" for key in ("ACC", "BWT"))
+                    print(f"{what} {number}/{len(cells)}  {cell.method}, seed {cell.seed}: {shown}", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def acc(self, cell: Cell) -> float:
+        return float(self.results[cell.name]["ACC"])
 
 
-def tuning_cells() -> Iterator[Cell]:
-    for method, choices in METHODS.items():
-        for index, settings in enumerate(choices):
-            yield Cell(f"tuning/{slug(method)}-{index}", TUNING_ORDER, TUNING_SEED, settings)
-
-
-def tuned(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Settings]:
-    """By ACC; the first of equals."""
-
-    def acc(method: str, index: int) -> float:
-        return float(results[f"tuning/{slug(method)}-{index}"]["ACC"])
-
-    return {
-        method: choices[max(range(len(choices)), key=lambda index: (acc(method, index), -index))]
+def choose(study: Study) -> tuple[int, dict[str, Settings]]:
+    """The common rank, then each method's settings at it."""
+    by_rank = {
+        rank: [Cell(method, choices[0], rank, TUNING_ORDER, TUNING_SEED) for method, choices in METHODS.items()]
+        for rank in RANKS
+    }
+    study.run([cell for cells in by_rank.values() for cell in cells], "rank")
+    rank = max(RANKS, key=lambda rank: fmean(map(study.acc, by_rank[rank])))
+    by_method = {
+        method: [Cell(method, settings, rank, TUNING_ORDER, TUNING_SEED) for settings in choices]
         for method, choices in METHODS.items()
     }
-
-
-def measured_cells(chosen: Mapping[str, Settings], seeds: int) -> Iterator[Cell]:
-    for seed in range(seeds):
-        for name, order in ORDERS.items():
-            for method in METHODS:
-                yield Cell(f"{slug(method)}/{name}-{seed}", order, seed, chosen[method])
-
-
-def slug(method: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in method.lower()).strip("-")
+    study.run([cell for cells in by_method.values() for cell in cells], "settings")
+    return rank, {method: max(cells, key=study.acc).settings for method, cells in by_method.items()}
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def write_page(results: Mapping[str, Mapping[str, Any]], chosen: Mapping[str, Settings], seeds: int) -> None:
+def write_page(study: Study, rank: int, chosen: Mapping[str, Settings], seeds: int) -> None:
     """docs/continual.md and docs/continual.png."""
 
     def values(method: str, key: str, orders: Iterable[str] = ORDERS) -> list[float]:
-        return [100 * results[f"{slug(method)}/{order}-{seed}"][key] for order in orders for seed in range(seeds)]
+        cells = [Cell(method, chosen[method], rank, ORDERS[order], seed) for order in orders for seed in range(seeds)]
+        return [100 * study.results[cell.name][key] for cell in cells]
+
+    def mean_of(method: str, order: str) -> str:
+        acc, bwt = (fmean(values(method, key, [order])) for key in ("ACC", "BWT"))
+        return f"{acc:.1f} / {bwt:+.1f}"
 
     rows = [
         [method, *(spread(values(method, key)) for key in ("ACC", "BWT", "forgetting", "zero_shot"))]
         for method in METHODS
     ]
-    by_order = [
-        [
-            method,
-            *(f"{fmean(values(method, 'ACC', [o])):.1f} / {fmean(values(method, 'BWT', [o])):+.1f}" for o in ORDERS),
-        ]
-        for method in METHODS
-    ]
+    by_order = [[method, *(mean_of(method, order) for order in ORDERS)] for method in METHODS]
     pairs = [
         ("running average", "sequential"),
         ("PAM", "sequential"),
         ("PAM", "running average"),
-        ("PAM, |g - init|", "running average"),
-        ("PAM, B alone", "running average"),
+        ("PAM by change", "running average"),
+        ("PAM on B alone", "running average"),
         ("PAM", "average"),
         ("PAM", "average in sequence"),
         ("PAM", "TIES"),
     ]
     paired = [[f"{a} − {b}", *(difference(values(a, key), values(b, key)) for key in ("ACC", "BWT"))] for a, b in pairs]
-    settings = [[method, *(f"`{json.dumps(value)}`" for value in (chosen[method],))] for method in METHODS]
-    orders = [[name, ", ".join(order)] for name, order in ORDERS.items()]
-    minutes = sum(result["seconds"] for result in results.values()) / 60
-    count = len(ORDERS) * seeds
+    settings = [[method, f"`{json.dumps(chosen[method])}`", str(len(choices))] for method, choices in METHODS.items()]
     PAGE.parent.mkdir(exist_ok=True)
     draw({method: (values(method, "ACC"), values(method, "BWT")) for method in METHODS}, PAGE.with_suffix(".png"))
     PAGE.write_text(
@@ -191,11 +197,13 @@ def write_page(results: Mapping[str, Mapping[str, Any]], chosen: Mapping[str, Se
             scores=table(["method", "ACC", "BWT", "forgetting", "zero-shot"], rows),
             by_order=table(["method", *(f"{name}: ACC / BWT" for name in ORDERS)], by_order),
             paired=table(["difference", "ACC", "BWT"], paired),
-            settings=table(["method", "settings"], settings),
-            orders=table(["order", "tasks"], orders),
-            cells=count,
+            settings=table(["method", "settings", "of"], settings),
+            orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
+            cells=len(ORDERS) * seeds,
             seeds=seeds,
-            minutes=f"{minutes:.0f}",
+            rank=rank,
+            ranks=" and ".join(map(str, RANKS)),
+            minutes=f"{sum(result['seconds'] for result in study.results.values()) / 60:.0f}",
         ),
         encoding="utf-8",
     )
@@ -227,7 +235,8 @@ trained apart; `average in sequence` and `MagMax` merge adapters each trained fr
 
 ## Settings
 
-Every method chose between two settings, by ACC on one run of another order ({seeds} other seeds left alone):
+Chosen by ACC on another order and another seed than those above: one rank for all methods, {rank} of {ranks}, by their
+mean; then each method's own settings, of as many as the last column says. LoRAs are on the language model alone.
 
 {settings}
 
@@ -281,17 +290,16 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    out = options.out.resolve()
-
-    def results_of(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-        if not options.write_only:
-            return run_all(cells, out, options.jobs)
-        return {cell.name: json.loads((cell.run_dir(out) / "result.json").read_text("utf-8")) for cell in cells}
-
-    tuning = results_of(list(tuning_cells()))
-    chosen = tuned(tuning)
-    results = results_of(list(measured_cells(chosen, options.seeds)))
-    write_page(results | tuning, chosen, options.seeds)
+    study = Study(options.out.resolve(), 0 if options.write_only else options.jobs)
+    rank, chosen = choose(study)
+    cells = [
+        Cell(method, chosen[method], rank, order, seed)
+        for seed in range(options.seeds)
+        for order in ORDERS.values()
+        for method in METHODS
+    ]
+    study.run(cells, "measured")
+    write_page(study, rank, chosen, options.seeds)
     print(PAGE)
 
 
