@@ -231,7 +231,9 @@ What makes the difference, over pairs of runs with the same order and seed (mean
 {paired}
 
 `running average` is PAM without alignment: g ← (g + w)/2 as tasks come. `average` and `TIES` merge adapters that were
-trained apart; `average in sequence` and `MagMax` merge adapters each trained from the one before.
+trained apart; `average in sequence` and `MagMax` merge adapters each trained from the one before. `PAM by change`
+takes the entries that have changed most since the start for the important ones, `PAM on B alone` aligns one factor of
+each LoRA.
 
 ## Settings
 
