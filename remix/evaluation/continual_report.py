@@ -95,8 +95,10 @@ def draw_matrix(record: Record, path: Path) -> None:
         for row, values in enumerate(matrix):
             for column, value in enumerate(values):
                 weight = "bold" if row == column + 1 else "normal"
-                colour = "white" if value > 0.6 else "black" if row > column else "0.55"
-                heat.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, weight=weight)
+                style = "normal" if row > column else "italic"  # not learnt yet
+                colour = "white" if value > 0.5 else "black"
+                said = f"{100 * value:.0f}"
+                heat.text(column, row, said, ha="center", va="center", color=colour, weight=weight, style=style)
         heat.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
         heat.set_yticks(range(len(matrix)), ["nothing", *(row.task for row in record.learnt)])
         heat.set_ylabel("after")
