@@ -100,6 +100,16 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(command=_merge)
     merging.add_arguments(merge)
 
+    _add_grade(commands)
+    _add_continual(commands)
+    for command in (plan, train):
+        command.add_argument(
+            "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"
+        )
+    return parser
+
+
+def _add_grade(commands: Any) -> None:
     grade = commands.add_parser(
         "grade",
         usage="remix grade --in FILE.jsonl --out FILE.jsonl [--workers N] [--timeout S]",
@@ -112,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     grade.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one per core")
     grade.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds per answer (default 5)")
 
+
+def _add_continual(commands: Any) -> None:
     continual = commands.add_parser(
         "continual",
         usage="remix continual report RUN_DIR [--json]",
@@ -123,12 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     continual.add_argument("action", choices=("report",))
     continual.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     continual.add_argument("--json", action="store_true", help="the record and the four numbers as JSON")
-
-    for command in (plan, train):
-        command.add_argument(
-            "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"
-        )
-    return parser
 
 
 class _Version(argparse.Action):

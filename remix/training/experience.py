@@ -52,10 +52,7 @@ class Experience:
         gae = isinstance(self.recipe.advantage, GAEAdvantage)
         rollouts = [rollout for group in [*fresh, *replayed] for rollout in group.rollouts]
         num_fresh = group_size * len(fresh)
-        if self.recipe.imitates:  # no ratio compares a demonstration with what the policy was
-            proximal = [TokenScores(rollout.sampler_logprobs, None) for rollout in rollouts]
-        else:
-            proximal = self._score(rollouts, with_values=gae)
+        proximal = self._proximal(rollouts, with_values=gae)
 
         for index in range(num_fresh):
             rollouts[index] = replace(rollouts[index], behaviour_logprobs=proximal[index].logprobs)
@@ -97,6 +94,11 @@ class Experience:
         ]
         samples = [sample for sample in samples if self._trainable(sample)]
         return complete, self._with_returns(samples, kl_lambda) if gae and samples else samples
+
+    def _proximal(self, rollouts: Sequence[Rollout], *, with_values: bool) -> list[TokenScores]:
+        if self.recipe.imitates:  # no ratio compares a demonstration with what the policy was
+            return [TokenScores(rollout.sampler_logprobs, None) for rollout in rollouts]
+        return self._score(rollouts, with_values=with_values)
 
     def _score(
         self, rollouts: Sequence[Rollout], anchor: Snapshot | None = None, with_values: bool = False
