@@ -13,7 +13,7 @@ import torch
 
 from remix.config import AlignmentConfig
 from remix.merging.lora import refactor
-from remix.merging.methods import align, find_method, misaligned_fraction, tall_mask
+from remix.merging.methods import find_method, important_entries, misaligned_fraction, tall_mask, turned_entries
 from remix.models.adapters import load_adapter
 from remix.models.policy import Policy, Snapshot
 
@@ -41,7 +41,13 @@ class Alignment:
         self.every = config.every or max(1, updates // ALIGNMENTS)
         self._policy, self._updater = policy, updater
         self._global = {name: g for name, g in policy.snapshot().items() if takes_part(name, config)}
-        self._initial = initial if config.importance == "change" else None
+        changed = initial if config.importance == "change" else None
+        self._important = {
+            name: important_entries(
+                g, share=config.share, importance=None if changed is None else (g - changed[name]).abs()
+            )
+            for name, g in self._global.items()
+        }
 
     def after(self, total: int, taken: int, *, steps_left: int) -> dict[str, float]:
         """After a training step whose `taken` optimiser steps made them `total`: aligns, if one of them was a K-th and
@@ -53,19 +59,17 @@ class Alignment:
     def align(self) -> dict[str, float]:
         """Returns the misaligned fraction of every tensor before, and their mean."""
         fractions = dict[str, float]()
-        share = self.config.share
         for name, w in self._policy.module.named_parameters():
             if name not in self._global:
                 continue
-            g = self._global[name].to(w.device)
-            importance = None if self._initial is None else (g - self._initial[name].to(w.device)).abs()
-            fractions[name] = misaligned_fraction(w, g, share=share, importance=importance)
-            aligned, reset = align(w, g, share=share, importance=importance, reset=self.config.reset)
-            w.copy_(aligned)
+            g, important = self._global[name].to(w.device), self._important[name].to(w.device)
+            turned = turned_entries(w, g, important)
+            fractions[name] = int(turned.sum()) / max(1, int(important.sum()))
+            w.copy_(torch.where(turned, g.to(w.dtype) if self.config.reset == "global" else 0, w))
             moments = self._updater.optimizer.state.get(w, {})
             for moment in MOMENTS:
                 if moment in moments:
-                    moments[moment].masked_fill_(reset, 0.0)
+                    moments[moment].masked_fill_(turned, 0.0)
         by_tensor = {f"misaligned_fraction/{name.removeprefix('lm.')}": value for name, value in fractions.items()}
         return {"misaligned_fraction": _mean(fractions)} | by_tensor
 

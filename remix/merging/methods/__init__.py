@@ -4,7 +4,16 @@
 """
 
 from remix.merging.methods.arithmetic import dare_linear, dare_ties, della, linear, magmax, task_arithmetic, ties
-from remix.merging.methods.masks import align, consensus, misaligned_fraction, pam, tall, tall_mask
+from remix.merging.methods.masks import (
+    align,
+    consensus,
+    important_entries,
+    misaligned_fraction,
+    pam,
+    tall,
+    tall_mask,
+    turned_entries,
+)
 from remix.merging.methods.means import fisher, karcher, model_stock, regmean, slerp
 from remix.merging.methods.table import METHODS, Method, Parameter, check_request, find_method
 from remix.merging.methods.tensors import task_seed
@@ -21,6 +30,7 @@ __all__ = [
     "della",
     "find_method",
     "fisher",
+    "important_entries",
     "karcher",
     "linear",
     "magmax",
@@ -34,4 +44,5 @@ __all__ = [
     "task_arithmetic",
     "task_seed",
     "ties",
+    "turned_entries",
 ]

@@ -83,25 +83,31 @@ def align(
     I: the `share` of largest importance, |g| unless another (|g − g_init|) is given. Where g or the importance is 0
     there is no direction to keep, so such an entry is never in I.
     """
-    reset_mask = _conflict(task, global_, share, importance)[1]
-    return torch.where(reset_mask, global_.to(task.dtype) if reset == "global" else 0, task), reset_mask
+    turned = turned_entries(task, global_, important_entries(global_, share=share, importance=importance))
+    return torch.where(turned, global_.to(task.dtype) if reset == "global" else 0, task), turned
 
 
 @torch.no_grad()
 def misaligned_fraction(task: Tensor, global_: Tensor, *, share: float, importance: Tensor | None = None) -> float:
     """Of the important entries I of `align`, the share whose signs differ; 0 if there are none."""
-    important, conflict = _conflict(task, global_, share, importance)
-    return int(conflict.sum()) / max(1, int(important.sum()))
+    important = important_entries(global_, share=share, importance=importance)
+    return int(turned_entries(task, global_, important).sum()) / max(1, int(important.sum()))
 
 
-def _conflict(task: Tensor, global_: Tensor, share: float, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """I, and where in I the signs differ."""
+@torch.no_grad()
+def important_entries(global_: Tensor, *, share: float, importance: Tensor | None = None) -> Tensor:
+    """I of `align`, which does not change while a task is learnt."""
     require_finite(global_, "the global weights")
-    require_shape(task, global_.shape, "the task's weights")
     importance = global_.abs() if importance is None else importance
     require_shape(importance, global_.shape, "the importance")
-    important = largest(importance, kept_count(share, importance.numel())) & (importance > 0) & (global_ != 0)
-    return important, important & (task.sign() != global_.sign())
+    return largest(importance, kept_count(share, importance.numel())) & (importance > 0) & (global_ != 0)
+
+
+@torch.no_grad()
+def turned_entries(task: Tensor, global_: Tensor, important: Tensor) -> Tensor:
+    """Where in I the signs differ."""
+    require_shape(task, global_.shape, "the task's weights")
+    return important & (task.sign() != global_.sign())
 
 
 def pam(
