@@ -33,40 +33,43 @@ ORDERS = {
     "B": ("left", "bigger", "smaller", "where", "odd", "colour"),
     "C": ("where", "left", "smaller", "colour", "odd", "bigger"),
 }
+WIDE = ("left", "count", "smaller", "point", "colour", "digit", "bigger", "shape", "odd", "where")
+"""All ten kinds, for alignment on a longer road; by the settings that were chosen on six."""
+WIDE_METHODS = ("sequential", "running average", "PAM", "PAM by change", "running mean", "PAM, running mean")
 TUNING_ORDER = ("odd", "bigger", "colour", "left", "where", "smaller")
 TUNING_SEED = 1000
+SIZE = 640
+"""Pictures of a task to learn from."""
 RANKS = (8, 16)
 """Of all methods alike: the one that is better on average over them."""
 
 Settings = dict[str, Any]
 
 
-def pam(kind: str = "pam", **alignment: Any) -> Settings:
-    return {"type": kind, "alignment": alignment}
+def pam(alignment: Settings | None, kind: str = "pam", **more: Any) -> Settings:
+    return {"type": kind, "alignment": alignment} | more
 
+
+ALIGNMENTS: tuple[Settings, ...] = ({"share": 0.5}, {"share": 0.75}, {"share": 0.5, "every": 8})
+"""p and K; K is 1/20 of a task's updates, here 2, where it is not named."""
 
 METHODS: dict[str, tuple[Settings, ...]] = {
     "independent": ({"type": "independent"},),
     "sequential": ({"type": "sequential"},),
     "replay": tuple({"type": "replay", "share": share} for share in (0.3, 0.15, 0.5)),
     "average": tuple({"type": "average", "form": form} for form in ("factors", "delta")),
-    "average in sequence": tuple(
-        {"type": "average", "start": "previous", "form": form} for form in ("factors", "delta")
-    ),
     "TIES": tuple({"type": "ties", "form": "delta", "density": density} for density in (0.2, 0.5, 0.8)),
     "MagMax": tuple({"type": "magmax", "form": form} for form in ("factors", "delta")),
-    "running average": ({"type": "pam", "alignment": None},),
-    "PAM": (pam(share=0.5), pam(share=0.75), pam(share=0.5, every=8)),
-    "PAM by change": tuple(
-        pam(importance="change", **more) for more in ({"share": 0.5}, {"share": 0.75}, {"share": 0.5, "every": 8})
-    ),
-    "PAM on B alone": tuple(
-        pam(factors=["B"], **more) for more in ({"share": 0.5}, {"share": 0.75}, {"share": 0.5, "every": 8})
-    ),
-    "PAM + TALL": tuple(pam("pam+tall", share=0.5) | {"threshold": threshold} for threshold in (0.4, 0.2, 0.6)),
+    "running average": (pam(None),),
+    "PAM": tuple(map(pam, ALIGNMENTS)),
+    "running mean": (pam(None, average="running_mean"),),
+    "PAM, running mean": tuple(pam(alignment, average="running_mean") for alignment in ALIGNMENTS),
+    "PAM by change": tuple(pam({"importance": "change"} | alignment) for alignment in ALIGNMENTS),
+    "PAM on B alone": tuple(pam({"factors": ["B"]} | alignment) for alignment in ALIGNMENTS),
+    "PAM + TALL": tuple(pam({"share": 0.5}, "pam+tall") | {"threshold": threshold} for threshold in (0.4, 0.2, 0.6)),
 }
-"""What each may choose from, by ACC, at the common rank; the first is its default. `running average` is PAM in all but
-the alignment, so that their difference is the alignment's share."""
+"""What each may choose from, by ACC, at the common rank; the first is its default. The running ones are PAM in all but
+the alignment, so that the difference is the alignment's share."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +90,7 @@ class Cell:
             f"adapter.alpha={2 * self.rank}",
             f"continual.order={json.dumps(list(self.order))}",
             f"continual.method={json.dumps(self.settings, sort_keys=True)}",
+            f"tasks={json.dumps([{'type': 'shapes', 'kind': kind, 'size': SIZE} for kind in self.order])}",
         ]
 
     @property
@@ -157,6 +161,10 @@ def choose(study: Study) -> tuple[int, dict[str, Settings]]:
     }
     study.run([cell for cells in by_method.values() for cell in cells], "settings")
     return rank, {method: max(cells, key=study.acc).settings for method, cells in by_method.items()}
+
+
+def wide_cells(chosen: Mapping[str, Settings], rank: int, seeds: int) -> list[Cell]:
+    return [Cell(method, chosen[method], rank, WIDE, seed) for seed in range(seeds) for method in WIDE_METHODS]
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -301,6 +309,7 @@ def main() -> None:
         for method in METHODS
     ]
     study.run(cells, "measured")
+    study.run(wide_cells(chosen, rank, options.seeds), "ten tasks")
     write_page(study, rank, chosen, options.seeds)
     print(PAGE)
 
