@@ -163,6 +163,15 @@ def choose(study: Study) -> tuple[int, dict[str, Settings]]:
     return rank, {method: max(cells, key=study.acc).settings for method, cells in by_method.items()}
 
 
+PAIRS = [
+    *((method, "sequential") for method in ("running average", "PAM", "running mean", "PAM, running mean")),
+    *((method, "running average") for method in ("PAM", "PAM by change", "PAM on B alone", "running mean")),
+    ("PAM, running mean", "running mean"),
+    *(("PAM", method) for method in ("average", "TIES")),
+]
+"""Methods that are compared run by run."""
+
+
 def wide_cells(chosen: Mapping[str, Settings], rank: int, seeds: int) -> list[Cell]:
     return [Cell(method, chosen[method], rank, WIDE, seed) for seed in range(seeds) for method in WIDE_METHODS]
 
@@ -181,22 +190,20 @@ def write_page(study: Study, rank: int, chosen: Mapping[str, Settings], seeds: i
         acc, bwt = (fmean(values(method, key, [order])) for key in ("ACC", "BWT"))
         return f"{acc:.1f} / {bwt:+.1f}"
 
+    wide = {
+        method: [study.results[cell.name] for cell in wide_cells(chosen, rank, seeds) if cell.method == method]
+        for method in WIDE_METHODS
+    }
+    wide_rows = [
+        [method, *(spread([100 * run[key] for run in runs]) for key in ("ACC", "BWT", "forgetting"))]
+        for method, runs in wide.items()
+    ]
     rows = [
         [method, *(spread(values(method, key)) for key in ("ACC", "BWT", "forgetting", "zero_shot"))]
         for method in METHODS
     ]
     by_order = [[method, *(mean_of(method, order) for order in ORDERS)] for method in METHODS]
-    pairs = [
-        ("running average", "sequential"),
-        ("PAM", "sequential"),
-        ("PAM", "running average"),
-        ("PAM by change", "running average"),
-        ("PAM on B alone", "running average"),
-        ("PAM", "average"),
-        ("PAM", "average in sequence"),
-        ("PAM", "TIES"),
-    ]
-    paired = [[f"{a} − {b}", *(difference(values(a, key), values(b, key)) for key in ("ACC", "BWT"))] for a, b in pairs]
+    paired = [[f"{a} − {b}", *(difference(values(a, key), values(b, key)) for key in ("ACC", "BWT"))] for a, b in PAIRS]
     settings = [[method, f"`{json.dumps(chosen[method])}`", str(len(choices))] for method, choices in METHODS.items()]
     PAGE.parent.mkdir(exist_ok=True)
     draw({method: (values(method, "ACC"), values(method, "BWT")) for method in METHODS}, PAGE.with_suffix(".png"))
@@ -204,6 +211,8 @@ def write_page(study: Study, rank: int, chosen: Mapping[str, Settings], seeds: i
         PAGE_TEXT.format(
             scores=table(["method", "ACC", "BWT", "forgetting", "zero-shot"], rows),
             by_order=table(["method", *(f"{name}: ACC / BWT" for name in ORDERS)], by_order),
+            wide=table(["method", "ACC", "BWT", "forgetting"], wide_rows),
+            wide_order=", ".join(WIDE),
             paired=table(["difference", "ACC", "BWT"], paired),
             settings=table(["method", "settings", "of"], settings),
             orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
@@ -238,15 +247,19 @@ What makes the difference, over pairs of runs with the same order and seed (mean
 
 {paired}
 
-`running average` is PAM without alignment: g ← (g + w)/2 as tasks come. `average` and `TIES` merge adapters that were
-trained apart; `average in sequence` and `MagMax` merge adapters each trained from the one before. `PAM by change`
+`running average` is PAM without alignment, g ← (g + w)/2 as tasks come; `running mean` is g ← g + (w − g)/t. `average`
+and `TIES` merge adapters that were trained apart, `MagMax` adapters each trained from the one before. `PAM by change`
 takes the entries that have changed most since the start for the important ones, `PAM on B alone` aligns one factor of
 each LoRA.
+
+All ten kinds in one order ({wide_order}), {seeds} seeds, with the settings of six tasks:
+
+{wide}
 
 ## Settings
 
 Chosen by ACC on another order and another seed than those above: one rank for all methods, {rank} of {ranks}, by their
-mean; then each method's own settings, of as many as the last column says. LoRAs are on the language model alone.
+mean; then each method's own settings, of as many as the last column says. LoRAs are on every linear layer.
 
 {settings}
 
