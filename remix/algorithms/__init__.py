@@ -28,9 +28,13 @@ from remix.algorithms.ratios import (
     truncated_importance_weight,
 )
 from remix.algorithms.schedules import lambda_decay, overlong_penalty
+from remix.algorithms.vocabulary import Head, LogitRule, TokenStatistics, token_statistics
 
 __all__ = [
     "LOG_RATIO_LIMIT",
+    "Head",
+    "LogitRule",
+    "TokenStatistics",
     "aggregate",
     "cispo",
     "clipped_surrogate",
@@ -54,6 +58,7 @@ __all__ = [
     "overlong_penalty",
     "rloo_advantage",
     "sequence_log_ratio",
+    "token_statistics",
     "truncated_importance_weight",
     "vtrace_gae",
     "whiten",

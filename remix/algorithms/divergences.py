@@ -47,7 +47,8 @@ def importance_weighted(per_token_kl: Tensor, log_ratio: Tensor) -> Tensor:
 def kl_full(logits_NV: Tensor, anchor_logits_NV: Tensor) -> Tensor:
     """KL(π ‖ anchor) = Σ_v π_v · (log π_v − log anchor_v), exact. [N, V], [N, V] → [N].
 
-    A token with π_v = 0 (logit −inf) contributes 0, to value and gradient.
+    A token with π_v = 0 (logit −inf) contributes 0, to value and gradient. The definition: `token_statistics` computes
+    it without all the logits.
     """
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
     anchor_NV = torch.log_softmax(anchor_logits_NV.detach(), dim=-1)
@@ -58,7 +59,10 @@ def kl_full(logits_NV: Tensor, anchor_logits_NV: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H[π] = −Σ_v π_v · log π_v. [..., V] → [...]. A token with π_v = 0 contributes 0, to value and gradient."""
+    """H[π] = −Σ_v π_v · log π_v. [..., V] → [...]. A token with π_v = 0 contributes 0, to value and gradient.
+
+    The definition: `token_statistics` computes it without all the logits.
+    """
     logprobs = torch.log_softmax(logits, dim=-1)
     probs = logprobs.exp()
     return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum(dim=-1)

@@ -30,8 +30,9 @@ class ModelConfig(Block):
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     """True: run the Python files that come with the model. Read them first."""
-    logits_chunk: PositiveInt = 2048
-    """Tokens whose logits are in memory at a time; the backward pass computes them again."""
+    logits_chunk: PositiveInt | None = None
+    """Tokens whose logits are in memory at a time; the backward pass computes them again.
+    Default: as many as take 1 GiB on a GPU, 128 MiB elsewhere."""
     size: ModelSize | None = None
 
     @model_validator(mode="after")

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from remix.algorithms import entropy as entropy_of
-from remix.algorithms import kl_full
+from remix.algorithms import Head, LogitRule, TokenStatistics, token_statistics
 from remix.models.adapters import backbone_inputs, output_head
 
+CHUNK_NUMBERS = {"cuda": 2**28}
+"""[C, V] of logits that exist at a time, by device."""
+CHUNK_NUMBERS_ELSEWHERE = 2**25
 _NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -27,8 +28,7 @@ class AnchorStates(NamedTuple):
 
     hidden: Tensor
     """[N, H]."""
-    head: Tensor
-    """[V, H]."""
+    head: Head
 
 
 class PolicyOutput(NamedTuple):
@@ -54,12 +54,13 @@ class ActorCritic(nn.Module):
         value_head: nn.Linear | None = None,
         critic: nn.Module | None = None,
         detach_value: bool = False,
-        logits_chunk: int = 2048,
+        logits_chunk: int | None = None,
         autocast: torch.dtype | None = None,
         never: Sequence[int] = (),
     ) -> None:
         """`critic` is a backbone of its own for the value head; without it the head sits on the policy's.
 
+        `logits_chunk`: tokens whose logits exist at a time; None: as many as `CHUNK_NUMBERS` are enough for.
         `never`: tokens that the policy has no probability for, such as those that hold an image's place.
         """
         super().__init__()
@@ -83,7 +84,7 @@ class ActorCritic(nn.Module):
         """`multimodal`: further inputs of the model and the critic, by argument."""
         with self.autocast(input_ids_BS.device):
             hidden_NH, labels_N = self._select(input_ids_BS, response_mask_BT, multimodal)
-            stats = self._token_stats(hidden_NH, labels_N, temperature, anchors)
+            stats = self._statistics(hidden_NH, labels_N, temperature, anchors)
             values_N = None
             if with_values and self.value_head is not None:
                 values_N = self._values(hidden_NH, input_ids_BS, response_mask_BT, multimodal)
@@ -92,8 +93,12 @@ class ActorCritic(nn.Module):
             full = per_token_N.new_zeros(response_mask_BT.shape, dtype=torch.float32)
             return full.masked_scatter(response_mask_BT, per_token_N.float())
 
-        logprobs, entropy, *divergences = (scatter(stat) for stat in stats)
-        return PolicyOutput(logprobs, entropy, None if values_N is None else scatter(values_N), tuple(divergences))
+        return PolicyOutput(
+            logprobs=scatter(stats.logprobs),
+            entropy=scatter(stats.entropy),
+            values=None if values_N is None else scatter(values_N),
+            divergences=tuple(scatter(divergence) for divergence in stats.divergences),
+        )
 
     def states(
         self, input_ids_BS: Tensor, response_mask_BT: Tensor, multimodal: Mapping[str, Tensor] = _NOTHING
@@ -101,7 +106,7 @@ class ActorCritic(nn.Module):
         """Hidden states and head of this policy, when it serves as an anchor."""
         with self.autocast(input_ids_BS.device):
             hidden_NH, _ = self._select(input_ids_BS, response_mask_BT, multimodal)
-        return AnchorStates(hidden_NH, self._head().weight)
+        return AnchorStates(hidden_NH, self._head())
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -116,8 +121,9 @@ class ActorCritic(nn.Module):
         """The transformers model itself, an adapter's layers inside it."""
         return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
 
-    def _head(self) -> nn.Linear:
-        return output_head(self._base().get_output_embeddings())
+    def _head(self) -> Head:
+        head = output_head(self._base().get_output_embeddings())
+        return Head(head.weight, head.bias)
 
     def _select(self, input_ids_BS: Tensor, mask_BT: Tensor, multimodal: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Final hidden states [N, H] and the tokens [N] that follow them, at the masked positions only."""
@@ -139,34 +145,15 @@ class ActorCritic(nn.Module):
         with torch.autocast(hidden_NH.device.type, enabled=False):  # bfloat16 would round values to 3 digits
             return self.value_head(hidden_NH.float()).squeeze(-1)  # type: ignore[no-any-return]
 
-    def _token_stats(
+    def _statistics(
         self, hidden_NH: Tensor, labels_N: Tensor, temperature: float, anchors: tuple[AnchorStates, ...]
-    ) -> list[Tensor]:
-        """[N] log-prob, entropy, and KL to each anchor. Logits exist for one chunk of tokens at a time."""
-        head, softcap = self._head(), getattr(self._base().config.get_text_config(), "final_logit_softcapping", None)
-
-        def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            logits = nn.functional.linear(hidden, weight, bias).float()
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            if self.never:
-                logits = logits.index_fill(-1, torch.tensor(self.never, device=logits.device), -torch.inf)
-            return logits / temperature
-
-        def of_chunk(hidden: Tensor, labels: Tensor, *anchor_hidden: Tensor) -> tuple[Tensor, ...]:
-            logits = logits_of(hidden, head.weight, head.bias)
-            logprobs = logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-            divergences = (
-                kl_full(logits, logits_of(states, anchor.head, head.bias))
-                for states, anchor in zip(anchor_hidden, anchors, strict=True)
-            )
-            return logprobs, entropy_of(logits), *divergences
-
-        if hidden_NH.shape[0] <= self.logits_chunk:
-            return list(of_chunk(hidden_NH, labels_N, *(anchor.hidden for anchor in anchors)))
-        chunks = zip(
-            *(tensor.split(self.logits_chunk) for tensor in (hidden_NH, labels_N, *(a.hidden for a in anchors))),
-            strict=True,
+    ) -> TokenStatistics:
+        head, config = self._head(), self._base().config.get_text_config()
+        numbers = CHUNK_NUMBERS.get(hidden_NH.device.type, CHUNK_NUMBERS_ELSEWHERE)
+        rule = LogitRule(
+            temperature=temperature,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            never=self.never,
+            chunk=self.logits_chunk or max(1, numbers // len(head.weight)),
         )
-        parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-        return [torch.cat(part) for part in zip(*parts, strict=True)]
+        return token_statistics(hidden_NH, head, labels_N, rule, anchors)

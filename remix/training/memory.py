@@ -26,8 +26,10 @@ from remix.config import (
 FLOAT32 = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ADAMW_MOMENTS = 2
-LOGITS_COPIES = 3
-"""Logits of a chunk, their log-softmax and their gradient."""
+LOGITS_COPIES = 2
+"""Logits of a chunk and their exponentials."""
+LOGITS_NUMBERS = 2**28
+"""[C, V] of a chunk on a GPU, where the recipe leaves C to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,8 @@ def _items(recipe: Recipe, shape: ModelShape, trained: int, critic: int) -> Iter
     yield MemoryItem("critic, float32", critic * FLOAT32)
     yield MemoryItem("gradients", (trained + critic) * FLOAT32)
     yield MemoryItem("AdamW moments", (trained + critic) * FLOAT32 * ADAMW_MOMENTS)
-    yield MemoryItem("logits of a chunk", recipe.model.logits_chunk * shape.vocab_size * FLOAT32 * LOGITS_COPIES)
+    chunk = recipe.model.logits_chunk or LOGITS_NUMBERS // shape.vocab_size
+    yield MemoryItem("logits of a chunk", chunk * shape.vocab_size * FLOAT32 * LOGITS_COPIES)
     if isinstance(recipe.rollout.engine, VLLMEngineConfig):
         yield MemoryItem(f"vLLM weights, {recipe.model.dtype}", model_bytes)
         if recipe.rollout.engine.lora == "hot_swap":

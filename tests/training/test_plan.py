@@ -213,12 +213,12 @@ def test_full_weights_by_hand() -> None:
         "trained weights, float32": 4000,
         "gradients": 4000,
         "AdamW moments": 8000,
-        "logits of a chunk": 7 * 50 * 4 * 3,
+        "logits of a chunk": 7 * 50 * 4 * 2,
         "anchor while it scores": 4000,
         "reference snapshot": 4000,
         "precedent snapshots": 8000,
     }
-    assert (memory.device_bytes, memory.host_bytes) == (4000 + 4000 + 8000 + 4200 + 4000, 12000)
+    assert (memory.device_bytes, memory.host_bytes) == (4000 + 4000 + 8000 + 2800 + 4000, 12000)
     assert (memory.parameters, memory.trained) == (1000, 1000)
 
 
