@@ -215,6 +215,8 @@ class Batch:
     """[B, T] float32 each."""
     multimodal: Mapping[str, Any] = field(default_factory=dict)
     """Opaque extra inputs of the model's forward (pixels), by argument; nothing but the model looks inside."""
+    packed: Any | None = None
+    """The same sequences in one row, opaque too; None: the model is given `input_ids`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -72,4 +72,8 @@ class BatchConfig(Block):
     minibatches: PositiveInt = 1
     """Optimiser steps in one pass over the batch."""
     tokens_per_microbatch: PositiveInt = 16384
-    """Padded prompt + response tokens of one forward and backward pass on one device."""
+    """Prompt + response tokens of one forward and backward pass on one device: of a prompt and all of its responses
+    once, where sequences are packed, else padded to the longest."""
+    pack: bool = True
+    """Sequences side by side without padding, each prompt once for all of its responses, where the model can have
+    that: a run that cannot says why and pads. false: always pad."""

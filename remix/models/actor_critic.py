@@ -1,7 +1,8 @@
 """The module in training: a language model and, under PPO, a critic, behind one forward.
 
-One forward, since a wrapper for several processes must see every use of a trained parameter. No attention mask:
-sequences are padded on the right, where a causal model cannot see it, and attention without a mask is faster.
+One forward, since a wrapper for several processes must see every use of a trained parameter. Sequences come packed in
+one row (`remix.models.packing`) or, where a model cannot have that, padded on the right, which a causal model does not
+see, so that no attention mask is needed.
 Shapes: B sequences, S tokens, T = S - 1 predictions, N trained tokens of the micro-batch, H hidden, V vocabulary.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from remix.algorithms import Head, LogitRule, TokenStatistics, token_statistics
 from remix.models.adapters import backbone_inputs, output_head
+from remix.models.packing import Packed, packed_inputs
 
 CHUNK_NUMBERS = {"cuda": 2**28}
 """[C, V] of logits that exist at a time, by device."""
@@ -80,14 +82,16 @@ class ActorCritic(nn.Module):
         anchors: tuple[AnchorStates, ...] = (),
         with_values: bool = True,
         multimodal: Mapping[str, Tensor] = _NOTHING,
+        packed: Packed | None = None,
     ) -> PolicyOutput:
-        """`multimodal`: further inputs of the model and the critic, by argument."""
+        """`multimodal`: further inputs of the model and the critic, by argument. `packed`: the same sequences in one
+        row, to be computed in place of the padded ones."""
         with self.autocast(input_ids_BS.device):
-            hidden_NH, labels_N = self._select(input_ids_BS, response_mask_BT, multimodal)
+            hidden_NH, labels_N = self._select(input_ids_BS, response_mask_BT, multimodal, packed)
             stats = self._statistics(hidden_NH, labels_N, temperature, anchors)
             values_N = None
             if with_values and self.value_head is not None:
-                values_N = self._values(hidden_NH, input_ids_BS, response_mask_BT, multimodal)
+                values_N = self._values(hidden_NH, input_ids_BS, response_mask_BT, multimodal, packed)
 
         def scatter(per_token_N: Tensor) -> Tensor:
             full = per_token_N.new_zeros(response_mask_BT.shape, dtype=torch.float32)
@@ -101,11 +105,15 @@ class ActorCritic(nn.Module):
         )
 
     def states(
-        self, input_ids_BS: Tensor, response_mask_BT: Tensor, multimodal: Mapping[str, Tensor] = _NOTHING
+        self,
+        input_ids_BS: Tensor,
+        response_mask_BT: Tensor,
+        multimodal: Mapping[str, Tensor] = _NOTHING,
+        packed: Packed | None = None,
     ) -> AnchorStates:
         """Hidden states and head of this policy, when it serves as an anchor."""
         with self.autocast(input_ids_BS.device):
-            hidden_NH, _ = self._select(input_ids_BS, response_mask_BT, multimodal)
+            hidden_NH, _ = self._select(input_ids_BS, response_mask_BT, multimodal, packed)
         return AnchorStates(hidden_NH, self._head())
 
     @property
@@ -125,19 +133,36 @@ class ActorCritic(nn.Module):
         head = output_head(self._base().get_output_embeddings())
         return Head(head.weight, head.bias)
 
-    def _select(self, input_ids_BS: Tensor, mask_BT: Tensor, multimodal: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Final hidden states [N, H] and the tokens [N] that follow them, at the masked positions only."""
+    @property
+    def backbones(self) -> list[Any]:
+        """What makes hidden states of tokens: the policy's, and the critic's where it has its own."""
         base = self._base()
-        backbone = getattr(base, base.base_model_prefix)
+        return [getattr(base, base.base_model_prefix), *([] if self.critic is None else [self.critic])]
+
+    def _select(
+        self, input_ids_BS: Tensor, mask_BT: Tensor, multimodal: Mapping[str, Tensor], packed: Packed | None
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states [N, H] and the tokens [N] that follow them, at the masked positions only."""
+        backbone = self.backbones[0]
+        if packed is not None:
+            hidden_LH = backbone(**packed_inputs(packed), use_cache=False, **multimodal)[0][0]
+            return hidden_LH[packed.before], packed.labels
         inputs, ahead = backbone_inputs(self.lm, input_ids_BS)
         hidden_BSH = backbone(**inputs, use_cache=False, **multimodal)[0][:, ahead:]
         return hidden_BSH[:, :-1][mask_BT], input_ids_BS[:, 1:][mask_BT]
 
     def _values(
-        self, hidden_NH: Tensor, input_ids_BS: Tensor, mask_BT: Tensor, multimodal: Mapping[str, Tensor]
+        self,
+        hidden_NH: Tensor,
+        input_ids_BS: Tensor,
+        mask_BT: Tensor,
+        multimodal: Mapping[str, Tensor],
+        packed: Packed | None,
     ) -> Tensor:
         assert self.value_head is not None
-        if self.critic is not None:
+        if self.critic is not None and packed is not None:
+            hidden_NH = self.critic(**packed_inputs(packed), use_cache=False, **multimodal)[0][0][packed.before]
+        elif self.critic is not None:
             hidden_BSH = self.critic(input_ids=input_ids_BS, use_cache=False, **multimodal)[0]
             hidden_NH = hidden_BSH[:, :-1][mask_BT]
         elif self.detach_value:

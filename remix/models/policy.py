@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
+from remix.models.packing import Packed, families, pack, packed_microbatches
 from remix.models.vision import Vision
 from remix.types import Batch, Rollout
 
@@ -54,6 +55,8 @@ class Policy:
         self.reference: Snapshot | None = None
         self.precedent: Snapshot | None = None
         self._at_step_start: Snapshot | None = None
+        self.packs = False
+        """Whether sequences are packed in one row; see `remix.models.packing`."""
 
     @property
     def reader(self) -> Any:
@@ -132,10 +135,10 @@ class Policy:
         self.module.eval()
         scores: list[TokenScores | None] = [None] * len(rollouts)
         weights = self._on_device(anchor)
-        for indices in microbatches([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], tokens_per_microbatch):
+        for indices in self.microbatches(rollouts, tokens_per_microbatch):
             chosen = [rollouts[i] for i in indices]
             inputs = tuple(tensor.to(self.device) for tensor in token_tensors(chosen))
-            arguments = (*inputs, self.temperature, (), with_values, self.multimodal(chosen))
+            arguments = (*inputs, self.temperature, (), with_values, self.multimodal(chosen), self.packed(chosen))
             output: PolicyOutput = (
                 functional_call(self.module, weights, arguments) if weights else self.module(*arguments)
             )
@@ -150,19 +153,31 @@ class Policy:
     @torch.no_grad()
     def anchor_states(self, batch: Batch, anchor: Snapshot) -> AnchorStates:
         """Hidden states and head of an anchor on a micro-batch, for the exact KL."""
-        inputs = (batch.input_ids, batch.response_mask, batch.multimodal)
+        inputs = (batch.input_ids, batch.response_mask, batch.multimodal, batch.packed)
         training = self.module.training
         self.module.eval()  # dropout would make the anchor another policy
         states: AnchorStates = functional_call(_States(self.module), self._on_device(anchor, "module."), inputs)
         self.module.train(training)
         return states
 
+    # --- its inputs ---
+
+    def microbatches(self, rollouts: Sequence[Rollout], max_tokens: int) -> list[list[int]]:
+        """Indices of what one forward takes: at most `max_tokens` tokens, padding included where there is some."""
+        if self.packs:
+            return list(packed_microbatches(rollouts, max_tokens))
+        return list(microbatches([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], max_tokens))
+
+    def packed(self, rollouts: Sequence[Rollout]) -> Packed | None:
+        return pack(rollouts).to(self.device) if self.packs else None
+
     def multimodal(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
-        """The further inputs of the model's forward on these sequences, padded on the right as `token_tensors` are."""
+        """The further inputs of the model's forward on these sequences, packed or padded as the policy has them."""
         if self.vision is None:
             return {}
-        prompts = [(rollout.prompt_ids.tolist(), rollout.images) for rollout in rollouts]
-        width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+        shown = [rollouts[family[0]] for family in families(rollouts)] if self.packs else rollouts
+        prompts = [(rollout.prompt_ids.tolist(), rollout.images) for rollout in shown]
+        width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in shown)
         return {name: tensor.to(self.device) for name, tensor in self.vision.inputs(prompts, width).items()}
 
     def _on_device(self, anchor: Snapshot | None, prefix: str = "") -> Snapshot:

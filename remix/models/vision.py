@@ -51,6 +51,11 @@ class Vision:
         self._kept: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
         self._kept_bytes = 0
 
+    @property
+    def has_token_types(self) -> bool:
+        """Whether the model is told of each token what it is."""
+        return bool(self._types)
+
     def inputs(self, prompts: Sequence[Shown], width: int, *, on_the_left: bool = False) -> dict[str, Tensor]:
         """The further inputs, by argument, for sequences of `width` tokens that begin with these prompts.
 

@@ -8,16 +8,20 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from remix.models.packing import Packed, families
 from remix.models.policy import token_tensors
-from remix.types import Batch, Sample
+from remix.types import Batch, Rollout, Sample
 
 
 def collate(
-    samples: Sequence[Sample], device: torch.device, multimodal: Mapping[str, Tensor] = MappingProxyType({})
+    samples: Sequence[Sample],
+    device: torch.device,
+    multimodal: Mapping[str, Tensor] = MappingProxyType({}),
+    packed: Packed | None = None,
 ) -> Batch:
     """[R] tensors of each sample into right-padded [B, T], zero outside the response.
 
-    `multimodal`: the further inputs of the model's forward on these sequences, as `Policy.multimodal` makes them.
+    `multimodal`, `packed`: of the model's forward on these sequences, as `Policy` makes them.
     """
     input_ids, response_mask = token_tensors([sample.rollout for sample in samples])
 
@@ -49,4 +53,17 @@ def collate(
         values=scattered(lambda s: s.values),
         returns=scattered(lambda s: s.returns),
         multimodal=multimodal,
+        packed=packed,
     )
+
+
+def shared_prompts(rollouts: Sequence[Rollout], parts: int = 1) -> list[list[int]]:
+    """Indices of responses to one prompt together, as what is computed of it is shared; of fewer prompts than `parts`
+    each response by itself, so that no part is empty."""
+    found = families(rollouts)
+    return found if len(found) >= parts else [[index] for family in found for index in family]
+
+
+def cost(rollouts: Sequence[Rollout]) -> int:
+    """Tokens of a forward over responses to one prompt."""
+    return len(rollouts[0].prompt_ids) + sum(len(rollout.response_ids) for rollout in rollouts)

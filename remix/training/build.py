@@ -33,6 +33,7 @@ from remix.training.experience import Experience
 from remix.training.interruption import Interruption
 from remix.training.loop import Trainer
 from remix.training.objective import Objective
+from remix.training.packable import start_packing
 from remix.training.plan import make_plan
 from remix.training.probe import SyncProbe, check_images
 from remix.training.state import TrainState, check_same_run, from_checkpoint, moved_on, run_identity
@@ -131,6 +132,10 @@ def _load(recipe: Recipe, device: torch.device, progress: Progress) -> tuple[Pol
     progress.message(f"trains {trained_share(module.lm)}")
     vision = None if processor is None else Vision(processor, module.lm)
     policy = Policy(module, tokenizer, device=device, temperature=recipe.rollout.temperature, vision=vision)
+    if recipe.batch.pack:
+        refused = start_packing(policy, next(iter(train)).prompts)
+        if refused is not None:
+            progress.message(f"sequences are padded, not packed: {refused}")
     seen = next((prompt for prompt in _prompts([train]) if prompt.images), None)
     if seen is not None:
         check_images(recipe, policy, _hf_engine(policy, batch_size=1), seen)

@@ -43,6 +43,17 @@ def stay_on_this_machine() -> None:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
 
 
+def balanced(costs: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices in `parts` parts of about equal cost: the costliest first, each to the part that has least so far."""
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0] * parts
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = totals.index(min(totals))
+        dealt[least].append(index)
+        totals[least] += costs[index]
+    return [sorted(part) for part in dealt]
+
+
 class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
 
@@ -124,22 +135,26 @@ class Cluster:
         """The gradient norm before clipping."""
         return float(self.accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
 
-    def share(self, items: Sequence[A]) -> Sequence[A]:
-        """This rank's part of what all ranks hold."""
-        return items[self.rank :: self.world_size]
+    def share(self, items: Sequence[A], costs: Sequence[int] | None = None) -> Sequence[A]:
+        """This rank's part of what all ranks hold: of about as much cost as the others', which is 1 each by default."""
+        return [items[index] for index in balanced(costs or [1] * len(items), self.world_size)[self.rank]]
 
-    def map(self, work: Callable[[Sequence[A]], Sequence[B]], items: Sequence[A], stage: str) -> list[B]:
+    def map(
+        self,
+        work: Callable[[Sequence[A]], Sequence[B]],
+        items: Sequence[A],
+        stage: str,
+        costs: Sequence[int] | None = None,
+    ) -> list[B]:
         """`work` over all items, each rank doing its share; every rank gets every result, in the items' order.
 
-        `stage` says what it is, for messages.
+        `stage` says what it is, for messages. `costs`: of the items, in any unit.
         """
-        mine = list(work(self.share(items)))
-        if self.world_size == 1:
-            return mine
-        shares: list[list[B]] = self.gather(mine, stage)
+        shares: list[list[B]] = self.gather(list(work(self.share(items, costs))), stage)
         results: list[Any] = [None] * len(items)
-        for rank, share in enumerate(shares):
-            results[rank :: self.world_size] = share
+        for indices, share in zip(balanced(costs or [1] * len(items), self.world_size), shares, strict=True):
+            for index, result in zip(indices, share, strict=True):
+                results[index] = result
         return results
 
     def gather(self, value: A, stage: str) -> list[A]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from remix.algorithms import (
 )
 from remix.config import GAEAdvantage, KLConfig, Recipe
 from remix.models.policy import Policy, Snapshot, TokenScores
+from remix.training.batching import cost, shared_prompts
 from remix.training.distributed import Cluster
 from remix.types import Rollout, RolloutGroup, Sample
 
@@ -103,11 +105,20 @@ class Experience:
     def _score(
         self, rollouts: Sequence[Rollout], anchor: Snapshot | None = None, with_values: bool = False
     ) -> list[TokenScores]:
-        def work(share: Sequence[Rollout]) -> list[TokenScores]:
-            budget = self.recipe.batch.tokens_per_microbatch
-            return self.policy.score(share, tokens_per_microbatch=budget, anchor=anchor, with_values=with_values)
+        together = shared_prompts(rollouts, self.cluster.world_size)
 
-        return self.cluster.map(work, rollouts, "the log-probs of the anchors")
+        def work(share: Sequence[list[int]]) -> list[list[TokenScores]]:
+            budget = self.recipe.batch.tokens_per_microbatch
+            chosen = [rollouts[i] for indices in share for i in indices]
+            scores = iter(
+                self.policy.score(chosen, tokens_per_microbatch=budget, anchor=anchor, with_values=with_values)
+            )
+            return [[next(scores) for _ in indices] for indices in share]
+
+        costs = [cost([rollouts[i] for i in indices]) for indices in together]
+        found = self.cluster.map(work, together, "the log-probs of the anchors", costs)
+        in_order = dict(zip(chain.from_iterable(together), chain.from_iterable(found), strict=True))
+        return [in_order[index] for index in range(len(rollouts))]
 
     def _trainable(self, sample: Sample) -> bool:
         rollout = sample.rollout

@@ -14,9 +14,9 @@ from remix.checkpoint import save_tensors
 from remix.config import OptimizerConfig, Recipe
 from remix.errors import TrainingError
 from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
-from remix.models.policy import Policy, microbatches
+from remix.models.policy import Policy
 from remix.tracking.token_stats import TokenStats
-from remix.training.batching import collate
+from remix.training.batching import collate, cost, shared_prompts
 from remix.training.distributed import Cluster
 from remix.training.objective import Objective
 from remix.types import Batch, LossInputs, LossOutput, Sample
@@ -87,20 +87,20 @@ class Updater:
         Returns the terms of the loss, summed over all of them.
         """
         denominator = self.objective.denominator(minibatch)
-        share = self.cluster.share(minibatch)
+        together = shared_prompts([sample.rollout for sample in minibatch], self.cluster.world_size)
+        costs = [cost([minibatch[i].rollout for i in indices]) for indices in together]
+        share: Sequence[Sample] = [minibatch[i] for indices in self.cluster.share(together, costs) for i in indices]
         # A rank without samples goes through the motions at weight 0, or the others would wait for its gradients.
         weight = 1.0 if share else 0.0
         share = share or minibatch[:1]
-        groups = list(
-            microbatches(
-                [len(s.rollout.prompt_ids) + s.num_tokens for s in share], self.recipe.batch.tokens_per_microbatch
-            )
-        )
+        rollouts = [sample.rollout for sample in share]
+        groups = self.policy.microbatches(rollouts, self.recipe.batch.tokens_per_microbatch)
         terms: dict[str, float] = {}
         for number, indices in enumerate(groups):
             chosen = [share[i] for i in indices]
-            multimodal = self.policy.multimodal([sample.rollout for sample in chosen])
-            batch = collate(chosen, self.policy.device, multimodal)
+            of_chosen = [rollouts[i] for i in indices]
+            multimodal, packed = self.policy.multimodal(of_chosen), self.policy.packed(of_chosen)
+            batch = collate(chosen, self.policy.device, multimodal, packed)
             with self.cluster.accumulate(self.model, last=number == len(groups) - 1):
                 output = self._loss(batch, kl_lambda=kl_lambda, denominator=denominator)
                 self.cluster.backward(output.loss * weight)
@@ -119,6 +119,7 @@ class Updater:
             self.policy.temperature,
             tuple(anchors.values()),
             multimodal=batch.multimodal,
+            packed=batch.packed,
         )
         divergences = dict(zip(anchors, output.divergences, strict=True))
         inputs = LossInputs(
@@ -204,9 +205,12 @@ def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def _minibatches(samples: Sequence[Sample], count: int, rng: np.random.Generator) -> Iterator[list[Sample]]:
-    order = rng.permutation(len(samples))
-    for part in np.array_split(order, min(count, len(samples))):
-        yield [samples[i] for i in part]
+    """In random order; the responses to a prompt stay together, or it would have to be computed in each of them."""
+    count = min(count, len(samples))
+    together = shared_prompts([sample.rollout for sample in samples], count)
+    order = rng.permutation(len(together))
+    for part in np.array_split(order, count):
+        yield [samples[i] for number in part for i in together[number]]
 
 
 def _transposed(dicts: Sequence[dict[str, float]]) -> Iterator[tuple[str, list[float]]]:

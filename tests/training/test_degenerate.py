@@ -104,7 +104,8 @@ def test_at_the_precedent_of_update_no_token_is_clipped_and_the_gradient_is_rho_
             weight = (sample.proximal_logprobs - sample.rollout.behaviour_logprobs).exp()
             (-(weight * sample.advantages * logprobs).sum() / tokens).backward()
         for name, expected in _gradients(t).items():
-            torch.testing.assert_close(gradient[name], expected, atol=2e-6, rtol=1e-4)
+            largest = max(1.0, expected.abs().max().item())  # rounding is of the order of what is summed
+            torch.testing.assert_close(gradient[name], expected, atol=2e-6 * largest, rtol=1e-4)
 
 
 def test_replayed_rollouts_keep_the_log_probs_they_were_born_with(tiny_model: Path, tmp_path: Path) -> None:
