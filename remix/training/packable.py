@@ -29,7 +29,7 @@ def start_packing(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
         return "the adapter's virtual tokens stand before every sequence"
     if policy.vision is not None and policy.vision.has_token_types:
         return "the model tells tokens of images from those of text, which may see one another"
-    if not all([allow_packing(backbone) for backbone in module.backbones]):
+    if not all(map(allow_packing, module.backbones)):
         return "model.attn_implementation is not sdpa"
     tried = _responses(policy, prompts)
     try:
