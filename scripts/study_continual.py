@@ -35,6 +35,8 @@ ORDERS = {
 }
 WIDE = ("left", "count", "smaller", "point", "colour", "digit", "bigger", "shape", "odd", "where")
 """All ten kinds, for alignment on a longer road; by the settings that were chosen on six."""
+VARIANTS = ("running mean", "PAM, running mean", "PAM by change", "PAM on B alone")
+"""Measured after the others."""
 WIDE_METHODS = ("sequential", "running average", "PAM", "PAM by change", "running mean", "PAM, running mean")
 TUNING_ORDER = ("odd", "bigger", "colour", "left", "where", "smaller")
 TUNING_SEED = 1000
@@ -130,7 +132,9 @@ class Study:
     def run(self, cells: Sequence[Cell], what: str) -> None:
         if not self.jobs:
             for cell in cells:
-                self.results[cell.name] = json.loads((self.out / cell.name / "result.json").read_text("utf-8"))
+                done = self.out / cell.name / "result.json"
+                if done.exists():
+                    self.results[cell.name] = json.loads(done.read_text("utf-8"))
             return
         with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
             futures = {cell: pool.submit(run_cell, cell, self.out) for cell in cells}
@@ -182,41 +186,60 @@ def wide_cells(chosen: Mapping[str, Settings], rank: int, seeds: int) -> list[Ce
 def write_page(study: Study, rank: int, chosen: Mapping[str, Settings], seeds: int) -> None:
     """docs/continual.md and docs/continual.png."""
 
-    def values(method: str, key: str, orders: Iterable[str] = ORDERS) -> list[float]:
-        cells = [Cell(method, chosen[method], rank, ORDERS[order], seed) for order in orders for seed in range(seeds)]
-        return [100 * study.results[cell.name][key] for cell in cells]
+    def values(method: str, key: str, orders: Iterable[str] = ORDERS) -> dict[tuple[str, int], float]:
+        """By order and seed, of the runs that are there."""
+        cells = {
+            (order, seed): Cell(method, chosen[method], rank, ORDERS[order], seed)
+            for order in orders
+            for seed in range(seeds)
+        }
+        return {at: 100 * study.results[c.name][key] for at, c in cells.items() if c.name in study.results}
 
     def mean_of(method: str, order: str) -> str:
-        acc, bwt = (fmean(values(method, key, [order])) for key in ("ACC", "BWT"))
+        acc, bwt = (fmean(values(method, key, [order]).values()) for key in ("ACC", "BWT"))
         return f"{acc:.1f} / {bwt:+.1f}"
 
+    def compared(a: str, b: str, key: str) -> str:
+        of_a, of_b = values(a, key), values(b, key)
+        both = [at for at in of_a if at in of_b]
+        return difference([of_a[at] for at in both], [of_b[at] for at in both])
+
     wide = {
-        method: [study.results[cell.name] for cell in wide_cells(chosen, rank, seeds) if cell.method == method]
+        method: [
+            study.results[cell.name]
+            for cell in wide_cells(chosen, rank, seeds)
+            if cell.method == method and cell.name in study.results
+        ]
         for method in WIDE_METHODS
     }
     wide_rows = [
-        [method, *(spread([100 * run[key] for run in runs]) for key in ("ACC", "BWT", "forgetting"))]
+        [method, str(len(runs)), *(spread([100 * run[key] for run in runs]) for key in ("ACC", "BWT", "forgetting"))]
         for method, runs in wide.items()
+        if runs
     ]
     rows = [
-        [method, *(spread(values(method, key)) for key in ("ACC", "BWT", "forgetting", "zero_shot"))]
+        [
+            method,
+            str(len(values(method, "ACC"))),
+            *(spread([*values(method, key).values()]) for key in ("ACC", "BWT", "forgetting", "zero_shot")),
+        ]
         for method in METHODS
     ]
     by_order = [[method, *(mean_of(method, order) for order in ORDERS)] for method in METHODS]
-    paired = [[f"{a} − {b}", *(difference(values(a, key), values(b, key)) for key in ("ACC", "BWT"))] for a, b in PAIRS]
+    paired = [[f"{a} − {b}", *(compared(a, b, key) for key in ("ACC", "BWT"))] for a, b in PAIRS]
     settings = [[method, f"`{json.dumps(chosen[method])}`", str(len(choices))] for method, choices in METHODS.items()]
     PAGE.parent.mkdir(exist_ok=True)
-    draw({method: (values(method, "ACC"), values(method, "BWT")) for method in METHODS}, PAGE.with_suffix(".png"))
+    points = {method: tuple([*values(method, key).values()] for key in ("ACC", "BWT")) for method in METHODS}
+    draw(points, PAGE.with_suffix(".png"))
     PAGE.write_text(
         PAGE_TEXT.format(
-            scores=table(["method", "ACC", "BWT", "forgetting", "zero-shot"], rows),
+            scores=table(["method", "runs", "ACC", "BWT", "forgetting", "zero-shot"], rows),
             by_order=table(["method", *(f"{name}: ACC / BWT" for name in ORDERS)], by_order),
-            wide=table(["method", "ACC", "BWT", "forgetting"], wide_rows),
+            wide=table(["method", "runs", "ACC", "BWT", "forgetting"], wide_rows),
             wide_order=", ".join(WIDE),
             paired=table(["difference", "ACC", "BWT"], paired),
             settings=table(["method", "settings", "of"], settings),
             orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
-            cells=len(ORDERS) * seeds,
             seeds=seeds,
             rank=rank,
             ranks=" and ".join(map(str, RANKS)),
@@ -231,8 +254,8 @@ PAGE_TEXT = """# Continual learning on `shapes`
 Six tasks about small pictures, learnt one after the other by a LoRA each on the embedded vision-language model
 (supervised, `recipes/embedded/continual_shapes_sft.yaml`), pass@1 in percent on held-out pictures, greedy. ACC is the
 mean over all tasks after the last, BWT what later tasks did to earlier ones, both as in PAM
-([arXiv 2506.03189](https://arxiv.org/abs/2506.03189)). Mean ± standard deviation over {cells} runs a method: three
-orders × {seeds} seeds. `independent` has an adapter for every task and is no method of continual learning but what
+([arXiv 2506.03189](https://arxiv.org/abs/2506.03189)). Mean ± standard deviation over runs of three orders ×
+{seeds} seeds. `independent` has an adapter for every task and is no method of continual learning but what
 forgetting is measured against; `PAM + TALL` has to be told the task at hand.
 
 ![ACC against BWT](continual.png)
@@ -252,7 +275,7 @@ and `TIES` merge adapters that were trained apart, `MagMax` adapters each traine
 takes the entries that have changed most since the start for the important ones, `PAM on B alone` aligns one factor of
 each LoRA.
 
-All ten kinds in one order ({wide_order}), {seeds} seeds, with the settings of six tasks:
+All ten kinds in one order ({wide_order}), with the settings of six tasks:
 
 {wide}
 
@@ -269,7 +292,7 @@ The page is written by `python scripts/study_continual.py`; its runs took {minut
 """
 
 
-def draw(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
+def draw(points: Mapping[str, tuple[Sequence[float], ...]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
@@ -315,13 +338,14 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     study = Study(options.out.resolve(), 0 if options.write_only else options.jobs)
     rank, chosen = choose(study)
-    cells = [
-        Cell(method, chosen[method], rank, order, seed)
-        for seed in range(options.seeds)
-        for order in ORDERS.values()
-        for method in METHODS
-    ]
-    study.run(cells, "measured")
+    for methods in ([method for method in METHODS if method not in VARIANTS], VARIANTS):
+        cells = [
+            Cell(method, chosen[method], rank, order, seed)
+            for seed in range(options.seeds)
+            for order in ORDERS.values()
+            for method in methods
+        ]
+        study.run(cells, "measured")
     study.run(wide_cells(chosen, rank, options.seeds), "ten tasks")
     write_page(study, rank, chosen, options.seeds)
     print(PAGE)

@@ -50,7 +50,13 @@ DOORS = {
     "deepspeed": set(),
     "datasets": {"remix.tasks.hub"},
     "peft": {"remix.models.adapters"},
-    "transformers": {"remix.models.loading", "remix.models.naming", "remix.models.packing", "remix.rollout.hf"},
+    "transformers": {
+        "remix.models.loading",
+        "remix.models.naming",
+        "remix.models.packing",
+        "remix.rollout.hf",
+        "remix.rollout.hf_cache",
+    },
     "math_verify": {"remix.rewards.equivalence"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
     "safetensors": {

@@ -121,7 +121,7 @@ def _train_copies(adapted: Any, whole: Mapping[str, bool]) -> None:
 
 def backbone_inputs(lm: Any, input_ids_BS: Tensor) -> tuple[dict[str, Any], int]:
     """What the backbone is called with, and how many positions of its output come before the first token."""
-    if not _is_virtual(lm):
+    if not has_virtual_tokens(lm):
         return {"input_ids": input_ids_BS}, 0
     before = lm.get_prompt(batch_size=len(input_ids_BS))
     if lm.active_peft_config.peft_type == "PREFIX_TUNING":
@@ -137,7 +137,7 @@ def generation_inputs(lm: Any, input_ids_BS: Tensor, attention_mask_BS: Tensor) 
     PEFT's own `generate` counts padding on the left as positions after virtual tokens. Handed over as inputs of the
     base model, they have the positions that they have in training.
     """
-    if not _is_virtual(lm):
+    if not has_virtual_tokens(lm):
         return lm, {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}, input_ids_BS.shape[1]
     tokens = lm.active_peft_config.num_virtual_tokens
     ahead = attention_mask_BS.new_ones(len(input_ids_BS), tokens)
@@ -157,7 +157,8 @@ def output_head(head: Any) -> nn.Linear:
     return chosen
 
 
-def _is_virtual(lm: Any) -> bool:
+def has_virtual_tokens(lm: Any) -> bool:
+    """Whether its adapter puts tokens of its own before every sequence."""
     return hasattr(lm, "get_base_model") and bool(lm.active_peft_config.is_prompt_learning)
 
 
@@ -232,7 +233,7 @@ def _module_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
     if not hasattr(lm, "get_base_model"):
         yield from ((name, tensor.detach()) for name, tensor in lm.state_dict().items())
         return
-    assert not _is_virtual(lm), "virtual tokens are no part of any weight"
+    assert not has_virtual_tokens(lm), "virtual tokens are no part of any weight"
     adapted = set(_adapter_layers(lm))
     layers = {name: layer for name, layer in lm.named_modules() if layer in adapted}
     current, merged = "", dict[str, Tensor]()
@@ -366,7 +367,7 @@ def _put(adapted: Any, weights: Mapping[str, Tensor], wrong: str) -> None:
     """Raises ValueError, which begins with `wrong`, where names or shapes are not the adapter's."""
     from peft import set_peft_model_state_dict
 
-    names = {"prompt_embeddings"} if _is_virtual(adapted) else set()
+    names = {"prompt_embeddings"} if has_virtual_tokens(adapted) else set()
     try:
         loaded = set_peft_model_state_dict(adapted, dict(weights), adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError) as error:  # of another shape

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from remix.models.adapters import generation_inputs
+from remix.models.adapters import generation_inputs, has_virtual_tokens
 from remix.models.vision import Vision
+from remix.rollout.hf_cache import fill, roomy_cache
 from remix.types import Completion, Request, Sampling
+
+ROUND = 32
+"""Tokens after which responses that have ended are taken out of a batch."""
 
 
 class SeededSampler(LogitsProcessor):  # type: ignore[misc]
@@ -33,6 +37,10 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
         draws = [np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens) for seed in seeds]
         self.uniforms_BR = torch.from_numpy(np.stack(draws)).to(device)
         self.logprobs: list[Tensor] = []
+
+    def go_on_with(self, rows: Tensor, used: int) -> None:
+        """Of the sequences these alone, which have had `used` more tokens."""
+        self.uniforms_BR = self.uniforms_BR[rows, used:]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = len(self.logprobs)
@@ -117,22 +125,67 @@ class HFEngine:
             ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[row, width - len(request.prompt_ids) :] = 1
         sampler = SeededSampler([request.seed for request in requests], sampling, self.device, self.never)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with self.autocast():
+            cache = None if self.vision is not None or has_virtual_tokens(self.lm) else roomy_cache(self.lm.config)
+            if cache is None:
+                return self._in_one_go(requests, ids, mask, sampler, sampling.max_tokens)
+            base = self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+            fill(getattr(base, base.base_model_prefix), cache, ids, mask)
+            return self._in_rounds(ids, mask, cache, sampler, sampling.max_tokens)
+
+    def _in_one_go(
+        self, requests: Sequence[Request], ids: Tensor, mask: Tensor, sampler: SeededSampler, max_tokens: int
+    ) -> list[Completion]:
         prompts = [(request.prompt_ids, request.images) for request in requests]
-        seen = {} if self.vision is None else self.vision.inputs(prompts, width, on_the_left=True)
+        seen = {} if self.vision is None else self.vision.inputs(prompts, ids.shape[1], on_the_left=True)
+        lm, inputs, old = generation_inputs(self.lm, ids, mask)
+        inputs |= {name: tensor.to(self.device) for name, tensor in seen.items()}
+        answer = self._call(lm, inputs, sampler, max_tokens)
+        tokens_BR, logprobs_BR = answer[:, old:].cpu(), torch.stack(sampler.logprobs, -1).cpu()
+        return [self._completion(*row) for row in zip(tokens_BR, logprobs_BR, strict=True)]
+
+    def _in_rounds(
+        self, ids: Tensor, mask: Tensor, cache: Any, sampler: SeededSampler, max_tokens: int
+    ) -> list[Completion]:
+        """A few tokens at a time; responses that have ended are not computed further."""
+        done: dict[int, Completion] = {}
+        rows, width, left = torch.arange(len(ids), device=self.device), ids.shape[1], max_tokens
+        logprobs = torch.empty(len(ids), 0, device=self.device)
+        while left:
+            asked, sampler.logprobs = min(left, ROUND), []
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+            ids = self._call(self.lm, inputs, sampler, asked)
+            logprobs = torch.cat([logprobs, torch.stack(sampler.logprobs, -1)], -1)
+            new = len(sampler.logprobs)
+            left -= new
+            ended = torch.isin(ids[:, -new:], torch.tensor(sorted(self.eos_ids), device=self.device)).any(-1)
+            if not left:
+                ended[:] = True
+            for at in ended.nonzero()[:, 0].tolist():
+                done[int(rows[at])] = self._completion(ids[at, width:].cpu(), logprobs[at].cpu())
+            kept = (~ended).nonzero()[:, 0]
+            if not len(kept):
+                break
+            rows, ids, logprobs = rows[kept], ids[kept], logprobs[kept]
+            mask = torch.cat([mask[kept], mask.new_ones(len(kept), new)], -1)
+            sampler.go_on_with(kept, new)
+            if len(kept) < len(ended):
+                cache.batch_select_indices(kept)
+        return [done[row] for row in range(len(done))]
+
+    def _call(self, lm: Any, inputs: dict[str, Any], sampler: SeededSampler, max_tokens: int) -> Tensor:
         config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max_tokens,
             do_sample=False,
             use_cache=True,
             pad_token_id=self.pad_id,
             eos_token_id=sorted(self.eos_ids),
         )
-        with self.autocast():
-            lm, inputs, old = generation_inputs(self.lm, ids.to(self.device), mask.to(self.device))
-            inputs |= {name: tensor.to(self.device) for name, tensor in seen.items()}
-            answer = lm.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([sampler]))
-        tokens_BR = answer[:, old:].cpu()
-        logprobs_BR = torch.stack(sampler.logprobs, -1).cpu()
-        return [self._completion(*row) for row in zip(tokens_BR, logprobs_BR, strict=True)]
+        answer: Tensor = lm.generate(
+            **inputs, generation_config=config, logits_processor=LogitsProcessorList([sampler])
+        )
+        return answer
 
     def _completion(self, tokens_R: Tensor, logprobs_R: Tensor) -> Completion:
         ends = [i for i, token in enumerate(tokens_R.tolist()) if token in self.eos_ids]

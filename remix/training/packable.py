@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from remix.errors import first_line
+from remix.models.adapters import has_virtual_tokens
 from remix.models.packing import allow_packing
 from remix.models.policy import Policy
 from remix.types import Prompt, Rollout
@@ -24,8 +25,7 @@ def start_packing(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
     """
     policy.packs = False
     module = policy.module
-    if virtual := getattr(getattr(module.lm, "active_peft_config", None), "is_prompt_learning", False):
-        assert virtual
+    if has_virtual_tokens(module.lm):
         return "the adapter's virtual tokens stand before every sequence"
     if policy.vision is not None and policy.vision.has_token_types:
         return "the model tells tokens of images from those of text, which may see one another"
