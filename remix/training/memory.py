@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from remix.config import (
     AdapterConfig,
@@ -26,12 +27,19 @@ LOGITS_COPIES = 3
 """Logits of a chunk, their log-softmax and their gradient."""
 
 
+Part = Literal["weights", "gradients", "moments", "own"]
+"""Of the model in training, or nothing that processes could share out."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryItem:
     name: str
     bytes: int
     host: bool = False
     """Kept in the host's memory, whatever the device."""
+    part: Part = "own"
+    anchor: bool = False
+    """Another policy's weights, not the model's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ def estimate_memory(recipe: Recipe) -> Memory:
             )
         trained = counted
         policy += trained
-    critic = _critic_parameters(recipe, shape)
+    critic = critic_parameters(recipe, shape)
     items = tuple(item for item in _items(recipe, shape, trained, critic) if item.bytes)
     return Memory(parameters=shape.parameters, trained=trained + critic, share=trained / policy, items=items)
 
@@ -79,11 +87,11 @@ def estimate_memory(recipe: Recipe) -> Memory:
 def _items(recipe: Recipe, shape: ModelShape, trained: int, critic: int) -> Iterator[MemoryItem]:
     model_bytes = shape.parameters * DTYPE_BYTES[recipe.model.dtype]
     if recipe.adapter.type != "none":
-        yield MemoryItem(f"frozen weights, {recipe.model.dtype}", model_bytes)
-    yield MemoryItem("trained weights, float32", trained * FLOAT32)
-    yield MemoryItem("critic, float32", critic * FLOAT32)
-    yield MemoryItem("gradients", (trained + critic) * FLOAT32)
-    yield MemoryItem("AdamW moments", (trained + critic) * FLOAT32 * ADAMW_MOMENTS)
+        yield MemoryItem(f"frozen weights, {recipe.model.dtype}", model_bytes, part="weights")
+    yield MemoryItem("trained weights, float32", trained * FLOAT32, part="weights")
+    yield MemoryItem("critic, float32", critic * FLOAT32, part="weights")
+    yield MemoryItem("gradients", (trained + critic) * FLOAT32, part="gradients")
+    yield MemoryItem("AdamW moments", (trained + critic) * FLOAT32 * ADAMW_MOMENTS, part="moments")
     yield MemoryItem("logits of a chunk", recipe.model.logits_chunk * shape.vocab_size * FLOAT32 * LOGITS_COPIES)
     if isinstance(recipe.rollout.engine, VLLMEngineConfig):
         yield MemoryItem(f"vLLM weights, {recipe.model.dtype}", model_bytes)
@@ -91,13 +99,15 @@ def _items(recipe: Recipe, shape: ModelShape, trained: int, critic: int) -> Iter
             yield MemoryItem(f"vLLM LoRA, {recipe.model.dtype}", trained * DTYPE_BYTES[recipe.model.dtype])
         yield MemoryItem("vLLM cache", int(recipe.rollout.engine.kv_cache_gib * 2**30))
     anchored = recipe.kl.weight > 0
-    yield MemoryItem("anchor while it scores", trained * FLOAT32 * anchored)
-    yield MemoryItem("reference snapshot", trained * FLOAT32 * anchored, host=True)
+    snapshot = trained * FLOAT32
+    yield MemoryItem("anchor while it scores", snapshot * anchored, part="weights", anchor=True)
+    yield MemoryItem("reference snapshot", snapshot * anchored, host=True, part="weights", anchor=True)
     # Two: one in use while the next is being taken.
-    yield MemoryItem("precedent snapshots", trained * FLOAT32 * 2 * recipe.kl.uses_precedent, host=True)
+    both = snapshot * 2 * recipe.kl.uses_precedent
+    yield MemoryItem("precedent snapshots", both, host=True, part="weights", anchor=True)
 
 
-def _critic_parameters(recipe: Recipe, shape: ModelShape) -> int:
+def critic_parameters(recipe: Recipe, shape: ModelShape) -> int:
     """All of them are trained."""
     critic = recipe.critic
     if critic is None:

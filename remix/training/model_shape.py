@@ -89,7 +89,7 @@ def find_shape(model: ModelConfig) -> ModelShape | None:
     if model.size is None:
         return None
     size = model.size
-    return ModelShape(size.parameters, size.parameters, size.hidden_size, size.vocab_size)
+    return ModelShape(size.parameters, size.parameters, size.hidden_size, size.vocab_size, blocks=size.num_layers)
 
 
 def uncounted(model: ModelConfig) -> str:
