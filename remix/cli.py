@@ -64,12 +64,18 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser(
         "plan",
-        usage=f"remix plan [--processes N] [--json] {WORDS}",
+        usage=f"remix plan [--processes N | --cluster nodes=N,gpus=G] [--json] {WORDS}",
         help="what a recipe amounts to: batches, optimiser steps, rollouts, memory",
         description="Checks a recipe and prints what it amounts to. Loads no model.",
     )
     plan.set_defaults(command=_plan)
-    plan.add_argument("--processes", type=int, default=1, metavar="N", help="processes it will run on (default 1)")
+    plan.add_argument("--processes", type=int, metavar="N", help="processes it will run on (default 1)")
+    plan.add_argument(
+        "--cluster",
+        metavar="nodes=N,gpus=G",
+        help="what it asks of N machines of G GPUs: memory by backend, bytes, sampling rate; more keys: samplers= "
+        "(GPUs for that alone), seconds= (of a step), tflops= (that a GPU achieves)",
+    )
     plan.add_argument("--json", action="store_true", help="the plan as JSON")
 
     train = commands.add_parser(
@@ -156,28 +162,41 @@ def _split(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _plan(args: argparse.Namespace, recipe: str | None, overrides: Sequence[str]) -> int:
     from remix.config import load_recipe
+    from remix.training.cluster_plan import plan_cluster, read_machines
     from remix.training.stages import make_plans
 
     if recipe is None:
         raise ValueError("name a recipe, for example: remix plan recipes/embedded/remix_grpo.yaml")
-    plans = make_plans(load_recipe(recipe, overrides), _at_least_one("--processes", args.processes))
+    machines = None if args.cluster is None else read_machines(args.cluster)
+    if machines is not None and args.processes not in (None, machines.world_size):
+        raise ValueError(
+            f"--processes {args.processes} and --cluster with {machines.world_size}: leave out --processes"
+        )
+    processes = 1 if args.processes is None else args.processes
+    checked = load_recipe(recipe, overrides)
+    plans = make_plans(checked, machines.world_size if machines else _at_least_one("--processes", processes))
+    clusters = {task: plan_cluster(checked, plan, machines) for task, plan in plans.items() if machines is not None}
     if args.json:
         import json
         from dataclasses import asdict
 
-        print(
-            json.dumps(asdict(plans[""]) if list(plans) == [""] else {t: asdict(p) for t, p in plans.items()}, indent=2)
-        )
+        found = {
+            task: asdict(plan) | ({"cluster": asdict(clusters[task])} if machines else {})
+            for task, plan in plans.items()
+        }
+        print(json.dumps(found[""] if list(found) == [""] else found, indent=2))
         return 0
     from rich.console import Console
 
-    from remix.training.plan_view import render
+    from remix.training.plan_view import render, render_cluster
 
     console = Console(markup=False, emoji=False)
     for number, (task, plan) in enumerate(plans.items()):
         if task:
             console.print(f" task {number + 1} of {len(plans)}: {showable(task)}", style="bold")
         console.print(render(plan))
+        if machines is not None:
+            console.print(render_cluster(clusters[task]))
     return 0
 
 

@@ -11,12 +11,10 @@ gives the same weights on the same machine.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -35,9 +32,12 @@ from transformers import (
     Qwen2Config,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from remix.tasks import shapes
 from remix.tasks.images import open_image
 from remix.types import Prompt
+from scripts.building import build, end_with, fit, padded, share_right, table
 
 PATCH = 8
 SIDE = shapes.SIDE // PATCH  # patches of a row; a picture is SIDE² tokens
@@ -70,7 +70,6 @@ CONFUSED: dict[str, Callable[[shapes.Scene], str]] = {
 }
 
 BATCH_SIZE = 32
-LEARNING_RATE = 1e-3
 WARMUP_STEPS = 30
 
 
@@ -146,9 +145,7 @@ def make_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     )
     model = LlavaForConditionalGeneration(config)
     initialise(model)
-    model.generation_config.eos_token_id = ends["eos_token_id"]
-    model.generation_config.pad_token_id = ends["pad_token_id"]
-    return model
+    return end_with(model, processor.tokenizer)
 
 
 @torch.no_grad()
@@ -205,13 +202,13 @@ def pixel_values(pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 def batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Endless inputs and labels, right-padded; only the response is learnt, its end included."""
+    """Endless inputs and labels."""
     rng = random.Random(seed)
-    tokenizer = processor.tokenizer
+    encode = processor.tokenizer.encode
     kinds = [*shapes.KINDS]
     drawn = 0
     while True:
-        rows, targets, pictures = [], [], []
+        pairs, pictures = [], []
         for _ in range(BATCH_SIZE):
             (kind,) = rng.choices(kinds, [SHARES.get(kind, 1) for kind in kinds])
             drawn += 1
@@ -221,73 +218,38 @@ def batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, Tensor]]
                 asked, response = DESCRIBE, caption(scene)
             else:
                 asked, response = shapes.question(kind), reply(kind, scene, rng)
-            prompt_ids = tokenizer.encode(USER + IMAGE * SIDE**2 + asked + ASSISTANT)
-            response_ids = [*tokenizer.encode(response), tokenizer.eos_token_id]
-            rows.append(torch.tensor(prompt_ids + response_ids))
-            targets.append(torch.tensor([-100] * len(prompt_ids) + response_ids))
+            pairs.append((encode(USER + IMAGE * SIDE**2 + asked + ASSISTANT), encode(response)))
             pictures.append(np.asarray(shapes.paint(scene)))
-        pad = torch.nn.utils.rnn.pad_sequence
-        yield {
-            "input_ids": pad(rows, True, tokenizer.pad_token_id),
-            "labels": pad(targets, True, -100),
-            "pixel_values": pixel_values(pictures),
-        }
+        yield padded(pairs, processor.tokenizer) | {"pixel_values": pixel_values(pictures)}
 
 
 def train(processor: LlavaProcessor, steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, list[float]]:
     """The model and its loss at every step."""
     torch.manual_seed(seed)
-    model = make_model(processor)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    cosine = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 0.55 + 0.45 * math.cos(math.pi * step / steps))
-    )
-    losses: list[float] = []
-    started = time.process_time()
-    for step, batch in enumerate(islice(batches(processor, seed), steps), start=1):
-        logits = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        cosine.step()
-        losses.append(loss.item())
-        if step % 100 == 0 or step == steps:
-            recent = sum(losses[-50:]) / len(losses[-50:])
-            print(f"step {step}/{steps}  loss {recent:.3f}  {time.process_time() - started:.0f} s", flush=True)
-    return model.eval(), losses
+    return fit(make_model(processor), batches(processor, seed), steps, warmup=WARMUP_STEPS)
 
 
-@torch.no_grad()
 def accuracy(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, prompts: Sequence[Prompt], samples: int, seed: int
 ) -> float:
-    """Share of right answers among `samples` responses a question at temperature 1; `samples` 0: greedy."""
-    torch.manual_seed(seed)
+    """Share of right answers; `samples` 0: greedy."""
     chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": p.content}]}] for p in prompts]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     images = [open_image(prompt.images[0]) for prompt in prompts]
     inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
-    sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": samples} if samples else {"do_sample": False}
-    output = model.generate(**inputs, **sampling, max_new_tokens=MAX_NEW_TOKENS)
-    responses = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    golds = [prompt.answer for prompt in prompts for _ in range(max(samples, 1))]
-    return sum(response == gold for response, gold in zip(responses, golds, strict=True)) / len(golds)
+    drawing = {"samples": samples, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS}
+    return share_right(model, processor.tokenizer, inputs, [prompt.answer for prompt in prompts], **drawing)
 
 
 def report(model: LlavaForConditionalGeneration, processor: LlavaProcessor, seed: int) -> str:
-    """Accuracy on 128 held-out pictures of each kind, as a Markdown table; printed as it comes."""
-    lines, rows = ["| kind | sampled | greedy |", "|---|---|---|"], []
-    for kind in shapes.KINDS:
-        prompts = shapes.make_prompts(kind, "test", 128, seed)
-        rows.append(tuple(accuracy(model, processor, prompts, samples, seed) for samples in (4, 0)))
-        lines.append(f"| {kind} | {rows[-1][0]:.2f} | {rows[-1][1]:.2f} |")
-        print(lines[-1], flush=True)
-    sampled, greedy = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-    lines.append(f"| mean | {sampled:.2f} | {greedy:.2f} |")
-    print(lines[-1])
-    return "\n".join(lines)
+    """Accuracy on 128 held-out pictures of each kind."""
+
+    def rows() -> Iterator[tuple[str, float, float]]:
+        for kind in shapes.KINDS:
+            prompts = shapes.make_prompts(kind, "test", 128, seed)
+            yield kind, *(accuracy(model, processor, prompts, samples, seed) for samples in (4, 0))
+
+    return table("kind", rows())
 
 
 CARD = """# The embedded vision-language base
@@ -310,25 +272,14 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "recipes/embedded/shapes_base")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1600)
-    args = parser.parse_args()
-
-    torch.set_num_threads(1)  # so that sums are taken in the same order however many cores there are
-    processor = make_processor()
-    model, _ = train(processor, args.steps, args.seed)
-    save(model, args.out)
-    processor.save_pretrained(args.out)
-    table = report(LlavaForConditionalGeneration.from_pretrained(args.out), processor, args.seed)
-    parameters = model.num_parameters()
-    card = CARD.format(parameters=parameters, seed=args.seed, steps=args.steps, table=table)
-    (args.out / "README.md").write_text(card, encoding="utf-8")
-    size = sum(path.stat().st_size for path in args.out.iterdir())
-    print(f"{parameters:,} parameters, {size / 1e6:.2f} MB in {args.out}")
-
-
 if __name__ == "__main__":
-    main()
+    build(
+        __doc__,
+        "shapes_base",
+        steps=1600,
+        make_reader=make_processor,
+        train=train,
+        save=save,
+        report=report,
+        card=CARD,
+    )

@@ -15,6 +15,12 @@ import pytest
 from tests.tiny import make_tiny_model, make_tiny_vision_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with whole training runs first: what is left for the end is short, so that workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What the tests of tests/fuzz counted, whichever process ran them."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]

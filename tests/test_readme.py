@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from remix import cli
 from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -55,12 +56,23 @@ def test_every_command_runs(tmp_path: Path) -> None:
     assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("page", ["README.md", "SECURITY.md"])
+@pytest.mark.parametrize("page", ["README.md", "SECURITY.md", "docs/scale.md"])
 def test_every_link_leads_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+
+
+def test_the_example_of_many_machines_is_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    remix (plan --cluster .*)$", page, re.MULTILINE)
+    assert cli.main(shlex.split(command)) == 0
+    shown = capsys.readouterr().out
+    for row in ("sent in an optimiser step", "rollouts received", "log-probs received"):
+        (line,) = (line for line in shown.splitlines() if row in line)
+        numbers = re.findall(r"[\d.]+ [GM]iB", line)
+        assert numbers[-1] in " ".join(page.split())
 
 
 def test_every_function_of_the_table_exists() -> None:

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from remix.tasks import shapes
 from remix.tasks.images import open_image
+from scripts import build_shapes_model as script
+from tests.embedded_bases import card, check_builder, check_folder
+from tests.tiny import EMBEDDED
 
-ROOT = Path(__file__).parents[1]
-BASE = ROOT / "recipes/embedded/shapes_base"
+BASE = EMBEDDED / "shapes_base"
 BAND = (0.35, 0.8)
 """Mean of sampled pass@1 from which reinforcement learning has something to bring out and room to do so."""
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("build_shapes_model", ROOT / "scripts/build_shapes_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +29,9 @@ def model() -> Any:
     return AutoModelForImageTextToText.from_pretrained(BASE)
 
 
-def card() -> dict[str, tuple[float, float]]:
-    """By kind, the accuracy that the card states: sampled and greedy."""
-    rows = re.findall(r"^\| (\w+) \| (0\.\d\d|1\.00) \| (0\.\d\d|1\.00) \|$", (BASE / "README.md").read_text(), re.M)
-    return {kind: (float(sampled), float(greedy)) for kind, sampled, greedy in rows}
-
-
 def test_the_directory_is_small_and_complete(model: Any, processor: Any) -> None:
-    files = [path for path in BASE.iterdir() if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 6e6
-    assert {path.suffix for path in files} == {".safetensors", ".json", ".jinja", ".md"}  # no pickles
-    assert model.dtype == torch.float32
-    generation = GenerationConfig.from_pretrained(BASE)
-    assert generation.eos_token_id == processor.tokenizer.eos_token_id == model.config.eos_token_id
-    assert generation.pad_token_id == processor.tokenizer.pad_token_id != processor.tokenizer.eos_token_id
+    suffixes = {".safetensors", ".json", ".jinja", ".md"}
+    check_folder(BASE, model, processor.tokenizer, megabytes=6, suffixes=suffixes)
 
 
 def test_every_question_and_answer_is_in_its_words(processor: Any) -> None:
@@ -69,7 +46,7 @@ def test_every_question_and_answer_is_in_its_words(processor: Any) -> None:
             assert processor.tokenizer.decode(ids, skip_special_tokens=True) == answer
 
 
-def test_a_chat_becomes_one_turn_with_its_picture(script: ModuleType, model: Any, processor: Any) -> None:
+def test_a_chat_becomes_one_turn_with_its_picture(model: Any, processor: Any) -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "where is it?"}]
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     assert text == "<user><image>where is it?<assistant>"
@@ -85,8 +62,8 @@ def test_a_chat_becomes_one_turn_with_its_picture(script: ModuleType, model: Any
     assert (inputs["pixel_values"].min(), inputs["pixel_values"].max()) >= (-1, 0.5)
 
 
-def test_it_is_as_good_as_its_card_says(script: ModuleType, model: Any, processor: Any) -> None:
-    stated = card()
+def test_it_is_as_good_as_its_card_says(model: Any, processor: Any) -> None:
+    stated = card(BASE)
     assert [*stated] == [*shapes.KINDS, "mean"]
     assert BAND[0] < stated["mean"][0] < BAND[1]
     sampled = 0.0
@@ -99,23 +76,12 @@ def test_it_is_as_good_as_its_card_says(script: ModuleType, model: Any, processo
     assert sampled == pytest.approx(stated["mean"][0], abs=0.06)
 
 
-def test_the_builder_repeats_itself_and_learns(script: ModuleType, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few small steps: the same seed gives the same weights, of the shipped architecture, and the loss falls."""
-    monkeypatch.setattr(script, "BATCH_SIZE", 8)
-    monkeypatch.setattr(script, "WARMUP_STEPS", 5)
-    processor = script.make_processor()
-    (first, losses), (again, _), (other, _) = (
-        script.train(processor, steps, seed) for steps, seed in [(25, 3), (25, 3), (1, 4)]
-    )
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
-    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
-    assert {name: value.shape for name, value in first.state_dict().items()} == {
-        name: value.shape for name, value in model.state_dict().items()
-    }
+def test_the_builder_repeats_itself_and_learns(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = check_builder(script, script.make_processor(), model, monkeypatch, steps=25, batch=8)
     assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
 
 
-def test_positions_tell_every_patch_from_the_others(script: ModuleType) -> None:
+def test_positions_tell_every_patch_from_the_others() -> None:
     positions = script.sine_positions(4, 128)
     assert positions.shape == (17, 128)
     assert positions[0].abs().sum() == 0
@@ -126,7 +92,7 @@ def test_positions_tell_every_patch_from_the_others(script: ModuleType) -> None:
     assert torch.equal(grid[0, 2, 1], grid[3, 2, 1])
 
 
-def test_captions_say_what_is_on_a_picture_in_known_words(script: ModuleType) -> None:
+def test_captions_say_what_is_on_a_picture_in_known_words() -> None:
     said = {
         script.caption(shapes.scene(f"shapes:{kind}/train/0/{index}")) for kind in shapes.KINDS for index in range(40)
     }

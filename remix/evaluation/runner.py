@@ -69,34 +69,23 @@ class _Suite:
     exams: Sequence[Exam]
 
 
+def check(request: EvalRequest) -> None:
+    """Raises ValueError where `run` would before it writes anything; loads no weights."""
+    with GraderPool(workers=request.workers, timeout=request.timeout) as grader:
+        _found(request, grader)
+
+
 def run(request: EvalRequest) -> dict[str, Any]:
     """Evaluates, or goes on with it, and returns the summary. Raises ValueError before anything is written."""
     started = time.perf_counter()
     check_free(request.out, resume=request.resume)
     with ExitStack() as stack:
         grader = stack.enter_context(GraderPool(workers=request.workers, timeout=request.timeout))
-        benchmarks = load_benchmarks(request.benchmarks)
-        _check_samples(request, benchmarks)
-        problems = [load_problems(benchmark, request.data_dir) for benchmark in benchmarks]
-        subject = find_subject(
-            request.model,
-            request.adapter,
-            revision=request.revision,
-            dtype=request.dtype,
-            engine=request.engine,
-            with_images=any(prompt.images for found in problems for prompt in found.prompts),
-        )
-        if request.chat == "always" and not subject.tokenizer.chat_template:
-            raise ValueError(f"--chat always: the tokenizer of {request.model} has no chat template")
-        exams = [
-            benchmark_exam(*pair, subject.tokenizer, grader, request.overrides, request.chat, subject.processor)
-            for pair in zip(benchmarks, problems, strict=True)
-        ]
-        check_context(exams, subject.context, "--max-tokens")
-        suite = _Suite(benchmarks, problems, exams)
+        subject, suite = _found(request, grader)
+        exams = suite.exams
         identity = run_identity(
             subject,
-            list(zip(benchmarks, problems, exams, strict=True)),
+            list(zip(suite.benchmarks, suite.problems, exams, strict=True)),
             engine=request.engine,
             chat=uses_chat(subject.tokenizer, request.chat),
             seed=request.seed,
@@ -119,6 +108,28 @@ def run(request: EvalRequest) -> dict[str, Any]:
         }
         _write(request.out, suite, responses, summary)
     return summary
+
+
+def _found(request: EvalRequest, grader: GraderPool) -> tuple[Subject, _Suite]:
+    benchmarks = load_benchmarks(request.benchmarks)
+    _check_samples(request, benchmarks)
+    problems = [load_problems(benchmark, request.data_dir) for benchmark in benchmarks]
+    subject = find_subject(
+        request.model,
+        request.adapter,
+        revision=request.revision,
+        dtype=request.dtype,
+        engine=request.engine,
+        with_images=any(prompt.images for found in problems for prompt in found.prompts),
+    )
+    if request.chat == "always" and not subject.tokenizer.chat_template:
+        raise ValueError(f"--chat always: the tokenizer of {request.model} has no chat template")
+    exams = [
+        benchmark_exam(*pair, subject.tokenizer, grader, request.overrides, request.chat, subject.processor)
+        for pair in zip(benchmarks, problems, strict=True)
+    ]
+    check_context(exams, subject.context, "--max-tokens")
+    return subject, _Suite(benchmarks, problems, exams)
 
 
 def _answer(request: EvalRequest, subject: Subject, exams: Sequence[Exam], store: Store) -> list[list[Response]]:

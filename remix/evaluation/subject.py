@@ -26,8 +26,9 @@ from remix.models.loading import (
     load_processor,
     load_tokenizer,
     never_written,
+    sees_images,
 )
-from remix.models.vision import Vision
+from remix.models.vision import Vision, check_vllm
 from remix.training.refusals import check_model_directory
 from remix.types import Engine
 
@@ -159,6 +160,8 @@ def find_subject(
         raise ValueError(f"--model {error}") from None
     config = ModelConfig(path=str(folder))
     context, processor = context_length(config), load_processor(config, needed=with_images)
+    if engine == "vllm" and sees_images(config):
+        check_vllm(model)
     return Subject(
         model=model,
         adapter=adapter,

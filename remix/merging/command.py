@@ -63,11 +63,12 @@ def main(options: argparse.Namespace, *, has_gpu: bool) -> int:
 
     quiet()
     request = load_request(options.recipe, _given(options))
+    engine: Literal["vllm", "hf"] = options.engine or ("vllm" if has_gpu and find_spec("vllm") else "hf")
+    merge, rollouts = check(request)
     if request.evaluate is not None:
         from remix.merging.evaluating import check_evaluation, evaluate_all, show
 
-        check_evaluation(request)
-    merge, rollouts = check(request)
+        check_evaluation(merge, engine)
     try:
         record = write(merge, rollouts)
     except KeyboardInterrupt:
@@ -77,7 +78,6 @@ def main(options: argparse.Namespace, *, has_gpu: bool) -> int:
     kept = f"; energy kept {min(energy):.4f} at least, {sum(energy) / len(energy):.4f} in the mean" if energy else ""
     print(showable(f"{request.out}: {len(merge.parents)} merged by {request.method}{kept}"))
     if request.evaluate is not None:
-        engine: Literal["vllm", "hf"] = options.engine or ("vllm" if has_gpu and find_spec("vllm") else "hf")
         try:
             show(evaluate_all(merge, record, engine))
         except KeyboardInterrupt:

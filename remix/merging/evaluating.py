@@ -11,14 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from remix.durable import write_json, write_text
-from remix.evaluation.benchmarks import load_benchmarks, load_problems
 from remix.evaluation.overrides import Overrides
-from remix.evaluation.runner import EvalRequest, run
+from remix.evaluation.runner import EvalRequest, check, run
 from remix.evaluation.subject import EngineName
 from remix.merging.apply import Merge
 from remix.merging.base import EVALUATION
 from remix.merging.card import card, score_rows
-from remix.merging.request import MergeRequest
 from remix.merging.run import CARD
 from remix.terminal import showable
 
@@ -26,32 +24,18 @@ GENERATIONS = "evaluation"
 """In the output: a folder of `remix eval` for each of those compared."""
 
 
-def check_evaluation(request: MergeRequest) -> None:
-    """Raises ValueError where there are no such benchmarks, or no problems of them."""
-    for benchmark in load_benchmarks([request.evaluate or ""]):
-        load_problems(benchmark, None if request.data_dir is None else Path(request.data_dir))
+def check_evaluation(merge: Merge, engine: EngineName) -> None:
+    """Raises ValueError where base or parents cannot be evaluated; the merged model has the base's files about it."""
+    for subject in _compared(merge)[:-1]:
+        check(_asked(merge, engine, *subject))
 
 
 def evaluate_all(merge: Merge, record: dict[str, Any], engine: EngineName) -> list[dict[str, Any]]:
     """Scores of base, parents and output, also written beside the output, and into its card."""
     request, scores = merge.request, []
-    for name, model, adapter in _subjects(merge):
-        summary = run(
-            EvalRequest(
-                model=model,
-                adapter=adapter,
-                out=merge.out / GENERATIONS / name,
-                benchmarks=[request.evaluate or ""],
-                overrides=Overrides(limit=request.limit),
-                engine=engine,
-                data_dir=None if request.data_dir is None else Path(request.data_dir),
-                command=shlex.join(
-                    ["remix", "eval", "--model", model, *(["--adapter", adapter] if adapter else []),
-                     "--benchmarks", request.evaluate or "", "--engine", engine]
-                ),
-            )
-        )  # fmt: skip
-        scores.append({"name": name, **{key: summary[key] for key in ("benchmarks", "macro_average")}})
+    for subject in _compared(merge):
+        summary = run(_asked(merge, engine, *subject))
+        scores.append({"name": subject[0], **{key: summary[key] for key in ("benchmarks", "macro_average")}})
     write_json(merge.out / EVALUATION, {"scores": scores})
     write_text(merge.out / CARD, card(record, request.spec.paper, scores))
     return scores
@@ -70,7 +54,22 @@ def show(scores: Sequence[dict[str, Any]]) -> None:
     console.print("avg@k in percent: the share of correct responses", style="dim", highlight=False)
 
 
-def _subjects(merge: Merge) -> list[tuple[str, str, str | None]]:
+def _asked(merge: Merge, engine: EngineName, name: str, model: str, adapter: str | None) -> EvalRequest:
+    request = merge.request
+    words = ["remix", "eval", "--model", model, *(["--adapter", adapter] if adapter else [])]
+    return EvalRequest(
+        model=model,
+        adapter=adapter,
+        out=merge.out / GENERATIONS / name,
+        benchmarks=[request.evaluate or ""],
+        overrides=Overrides(limit=request.limit),
+        engine=engine,
+        data_dir=None if request.data_dir is None else Path(request.data_dir),
+        command=shlex.join([*words, "--benchmarks", request.evaluate or "", "--engine", engine]),
+    )
+
+
+def _compared(merge: Merge) -> list[tuple[str, str, str | None]]:
     """Name, model, adapter."""
     base, request = merge.base.path, merge.request
     found: list[tuple[str, str, str | None]] = [("base", base, None)]

@@ -17,6 +17,7 @@ from remix.merging.base import RECORD
 from remix.merging.card import card, record
 from remix.merging.request import MergeRequest
 from remix.merging.statistics import Statistics, compute, own_rollouts
+from remix.merging.statistics import check as check_statistics
 from remix.tracking.countdown import Countdown
 from remix.types import Rollout
 
@@ -33,7 +34,10 @@ def check(request: MergeRequest) -> tuple[Merge, list[list[Rollout]]]:
     merge = prepare(request)
     if request.save_as == "adapter":
         check_adapter_output(merge)
-    return merge, [own_rollouts(run_dir, request.samples) for run_dir in request.rollouts]
+    rollouts = [own_rollouts(run_dir, request.samples) for run_dir in request.rollouts]
+    if request.spec.statistics is not None:
+        check_statistics(request.spec.statistics, merge.base, merge.parents, rollouts)
+    return merge, rollouts
 
 
 def write(merge: Merge, rollouts: list[list[Rollout]], console: Console | None = None) -> dict[str, Any]:

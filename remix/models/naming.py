@@ -35,6 +35,8 @@ class Naming:
     tensors: Mapping[str, str]
     """Parameter, as an adapter names it, to tensor of the checkpoint. Parameters that are made of several tensors,
     or of another arrangement of one, are not among them."""
+    fused: Mapping[str, str]
+    """Tensor of the checkpoint to the parameter that it is made into, rearranged, or together with others."""
     tied: frozenset[str]
     """Parameters that are one tensor under several names, such as an output head that is the embedding."""
 
@@ -57,12 +59,15 @@ def naming(folder: Path, tensors: Iterable[str]) -> Naming:
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     known = lm.state_dict()
     found: dict[str, str] = {}
+    fused: dict[str, str] = {}
     for tensor in tensors:
         parameter, converted = rename_source_key(tensor, renamings, converters, lm.base_model_prefix, known)
         if converted is None and parameter in known:
             found[parameter] = tensor
+        elif converted is not None:
+            fused[tensor] = parameter
     names: dict[int, list[str]] = {}
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     tied = frozenset(name for shared in names.values() if len(shared) > 1 for name in shared)
-    return Naming(found, tied)
+    return Naming(found, fused, tied)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -35,9 +35,23 @@ class Demonstrations(Sampler):
         with watch("sampling"):
             return [RolloutGroup(prompt, (self._demonstrate(prompt, sampling, version),)) for prompt in prompts]
 
+    def cut(self, prompts: Iterable[Prompt], max_tokens: int) -> str | None:
+        """What to tell the user of solutions that are cut at `max_tokens`; None where all are whole."""
+        lengths = [len(self._whole(prompt)) for prompt in prompts]
+        long, longest = sum(length > max_tokens for length in lengths), max(lengths, default=0)
+        if not long:
+            return None
+        return (
+            f"{long:,} of {len(lengths):,} demonstrations are cut at rollout.max_tokens {max_tokens:,}, so that the "
+            f"model does not learn how they end; the longest has {longest:,} tokens: set rollout.max_tokens to "
+            f"{longest} to keep all of them whole"
+        )
+
+    def _whole(self, prompt: Prompt) -> list[int]:
+        return [*self.encode(prompt.solution or prompt.answer), self.eos_token_id]
+
     def _demonstrate(self, prompt: Prompt, sampling: Sampling, version: int) -> Rollout:
-        text = prompt.solution or prompt.answer
-        ids = [*self.encode(text), self.eos_token_id]
+        ids = self._whole(prompt)
         whole = len(ids) <= sampling.max_tokens
         response_ids = torch.tensor(ids[: sampling.max_tokens])
         return Rollout(
@@ -47,7 +61,7 @@ class Demonstrations(Sampler):
             policy_version=version,
             finish_reason="stop" if whole else "length",
             seed=0,
-            text=text,
+            text=prompt.solution or prompt.answer,
             score=Score(1.0, "correct"),
             images=prompt.images,
         )

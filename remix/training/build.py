@@ -99,7 +99,7 @@ def open_trainer(
             run_dir=run_dir,
             cluster=cluster,
             policy=policy,
-            sampler=_build_sampler(recipe, engine, rewards, policy),
+            sampler=_build_sampler(recipe, engine, rewards, policy, train, progress.message),
             probe=SyncProbe(recipe, policy),
             stream=PromptStream(train, seed=recipe.seed),
             exams=exams,
@@ -257,7 +257,14 @@ def _build_alignment(recipe: Recipe, policy: Policy, updater: Updater) -> Alignm
     return Alignment(config, policy, updater, updates=make_plan(recipe).optimizer_steps.high, initial=initial)
 
 
-def _build_sampler(recipe: Recipe, engine: Engine, rewards: RewardSuite, policy: Policy) -> Sampler:
+def _build_sampler(
+    recipe: Recipe,
+    engine: Engine,
+    rewards: RewardSuite,
+    policy: Policy,
+    train: Sequence[TaskSet],
+    message: Callable[[str], None],
+) -> Sampler:
     tokenizer = policy.tokenizer
     if not recipe.imitates:
         return Sampler(engine, rewards, _decoder(tokenizer), recipe.seed)
@@ -267,7 +274,11 @@ def _build_sampler(recipe: Recipe, engine: Engine, rewards: RewardSuite, policy:
 
     ends = policy.module.eos_token_ids
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    return Demonstrations(engine, rewards, _decoder(tokenizer), recipe.seed, encode=encoded, eos_token_id=eos)
+    sampler = Demonstrations(engine, rewards, _decoder(tokenizer), recipe.seed, encode=encoded, eos_token_id=eos)
+    told = sampler.cut(_prompts([train]), recipe.rollout.max_tokens)
+    if told is not None:
+        message(told)
+    return sampler
 
 
 def _decoder(tokenizer: Any) -> Any:

@@ -69,6 +69,9 @@ def run_continual(
         for index in range(len(record.learnt), len(order)):
             record.learnt.append(_learn(recipe, record, index, recipe_path, cluster, **options))
             if cluster.is_main:
+                merged = stage_dir(run_dir, index) / "merged"
+                if merged.exists():  # first: what the record names is finished
+                    _write_card(recipe, record, merged)
                 record.write(run_dir)
         result = _result(recipe, record)
         if cluster.is_main:
@@ -154,12 +157,17 @@ def _conclude(recipe: Recipe, record: Record, result: Mapping[str, Any]) -> None
     run_dir, last = Path(recipe.run_dir), stage_dir(Path(recipe.run_dir), len(record.order) - 1)
     if not isinstance(recipe.continual.method, IndependentMethod):
         kept = last / "merged"
-        metadata = {"base_model": recipe.model.path, "library_name": "peft", "tags": ["remix", "continual-learning"]}
-        head = yaml.safe_dump(metadata, sort_keys=False).strip()
         with folder_written_whole(run_dir / "final") as folder:
             shutil.copytree(kept if kept.exists() else last / "final", folder, dirs_exist_ok=True)
-            write_text(folder / "README.md", f"---\n{head}\n---\n\n{markdown(record)}")
+            _write_card(recipe, record, folder)
     write_json(run_dir / "result.json", result)
+
+
+def _write_card(recipe: Recipe, record: Record, folder: Path) -> None:
+    """The README of an adapter that all tasks so far share."""
+    metadata = {"base_model": recipe.model.path, "library_name": "peft", "tags": ["remix", "continual-learning"]}
+    head = yaml.safe_dump(metadata, sort_keys=False).strip()
+    write_text(folder / "README.md", f"---\n{head}\n---\n\n{markdown(record)}")
 
 
 # --- after a task -------------------------------------------------------------------------------------------------

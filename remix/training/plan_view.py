@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from remix.terminal import showable
+from remix.training.cluster_plan import ClusterPlan
 from remix.training.memory import Memory
 from remix.training.plan import PhasePlan, Plan, Span
 
@@ -16,6 +19,23 @@ def render(plan: Plan) -> RenderableType:
     return Group(
         *(Padding(part, (0, 0, 1, 1)) for part in (_header(plan), _phases(plan), _run(plan), _memory(plan.memory))),
         *(Padding(Text(f"· {showable(note)}", style="dim"), (0, 0, 0, 1)) for note in plan.notes),
+    )
+
+
+def render_cluster(plan: ClusterPlan) -> RenderableType:
+    """What `remix plan --cluster` adds."""
+    on = plan.machines
+    beside = f", and {on.samplers:,} GPUs that sample" if on.samplers else ""
+    head = Text(f"On {on.nodes:,} x {on.gpus:,} GPUs{beside}", style="bold")
+    parts = [head, *([_backends(plan)] if plan.backends else []), _traffic(plan)]
+    notes = [
+        "Bytes and tokens are upper bounds: every prompt and response as long as the recipe allows. Each formula "
+        "stands with its function in remix/training/cluster_plan.py; docs/scale.md says what goes where.",
+        f"A GPU is taken to achieve {on.tflops:g} TFLOP/s in forward and backward passes (tflops=).",
+    ]
+    return Group(
+        *(Padding(part, (0, 0, 1, 1)) for part in parts),
+        *(Padding(Text(f"· {note}", style="dim"), (0, 0, 0, 1)) for note in notes),
     )
 
 
@@ -130,6 +150,48 @@ def _memory(memory: Memory) -> RenderableType:
             total = memory.host_bytes if host else memory.device_bytes
             where = "in host memory" if host else "on its device"
             table.add_row(Text(where, style="bold"), Text(human_bytes(total), style="bold"))
+    return table
+
+
+def _backends(plan: ClusterPlan) -> RenderableType:
+    table = _table("backend", *(Text(name, style="bold") for name in plan.backends))
+    found = plan.backends.values()
+    for name in dict.fromkeys(item.name for backend in found for item in backend.items):
+        sizes = [sum(item.bytes for item in backend.items if item.name == name) for backend in found]
+        table.add_row(name, *(human_bytes(size) if size else Text("–", style="dim") for size in sizes))
+    totals = {
+        "on a GPU": [backend.device_bytes for backend in found],
+        "in a process's host memory": [backend.host_bytes for backend in found],
+        "sent in an optimiser step": [backend.exchange for backend in found],
+    }
+    for name, sizes in totals.items():
+        table.add_row(Text(name, style="bold"), *(Text(human_bytes(size), style="bold") for size in sizes))
+    return table
+
+
+def _traffic(plan: ClusterPlan) -> RenderableType:
+    phases, machines = plan.phases, plan.machines
+    table = _table("a training step", *(Text(f"{i + 1} {phase.type}", style="bold") for i, phase in enumerate(phases)))
+    table.add_row("prompts sent", *("none: all draw the same" for _ in phases))
+    table.add_row("rollouts received", *(human_bytes(phase.rollouts) for phase in phases))
+    table.add_row("log-probs received", *(human_bytes(phase.scores) for phase in phases))
+    table.add_row("replay in host memory", *(human_bytes(phase.replay) if phase.replay else "–" for phase in phases))
+    table.add_row(
+        "weights to each engine", *("unknown" if plan.sync is None else human_bytes(plan.sync) for _ in phases)
+    )
+    table.add_row("response tokens", *(human_count(phase.tokens) for phase in phases))
+    if plan.sync is None:
+        return table
+    samplers = machines.samplers or machines.world_size
+
+    def rates(found: Sequence[float | None]) -> list[str]:
+        return ["no rate is enough" if rate is None else f"{rate:,.0f} tokens/s, {rate / samplers:,.0f} a GPU"
+                for rate in found]  # fmt: skip
+
+    table.add_row("the trainer's part", *(f"{phase.trainer_seconds:,.3g} s" for phase in phases))
+    table.add_row("samplers as fast as that", *rates([phase.rate for phase in phases]))
+    if machines.seconds is not None:
+        table.add_row(f"for steps of {machines.seconds:g} s", *rates([phase.rate_for_step for phase in phases]))
     return table
 
 

@@ -23,7 +23,7 @@ from remix.config import (
 )
 from remix.models.adapter_files import check_start
 from remix.models.files import check_weights
-from remix.training.memory import ModelShape, find_shape, is_target
+from remix.training.model_shape import ModelShape, find_shape, is_target
 from remix.training.schedule import phase_bounds
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -144,9 +144,8 @@ def _lengths(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
 
 
 def _images(recipe: Recipe, shape: ModelShape) -> Iterator[str]:
-    """Where the matrices are known, the model is a decoder of text alone."""
     for index, task in enumerate(recipe.tasks):
-        if shape.linears is not None and (isinstance(task, ShapesTask | MfeEtpTask) or getattr(task, "images", None)):
+        if shape.images is False and (isinstance(task, ShapesTask | MfeEtpTask) or getattr(task, "images", None)):
             yield (
                 f"tasks.{index} has images, and {recipe.model.path} is a text model: set model.path to a "
                 "vision-language model, or leave the task out"

@@ -200,25 +200,42 @@ def test_numbers_that_are_not_finite_stop_a_merge(
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["model", "adapter"])
+@pytest.mark.parametrize(("suite", "form"), [("arithmetic", "model"), ("arithmetic", "adapter"), ("shapes", "adapter")])
 def test_base_parents_and_merged_model_in_one_table(
-    form: str, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    suite: str, form: str, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weight 0 is the base again; the parents are as `remix eval` finds them."""
-    out = tmp_path / "out"
-    options = ["--weights", "0", "0", "--evaluate", "arithmetic", "--limit", "24", "--engine", "hf", "--as", form]
-    assert remix_merge(out, BASE, "task_arithmetic", adapters, *options) == 0
+    """Weight 0 is the base again; the parents are as `remix eval` finds them. Of a vision-language model too."""
+    out, base = tmp_path / "out", BASE
+    if suite == "shapes":
+        base, config, auto = EMBEDDED / "shapes_base", lora(task_type=None), AutoModelForImageTextToText
+        adapters = [make_adapter(base, tmp_path / adapter.name, config, seed=seed, auto=auto, by=2.0)
+                    for seed, adapter in enumerate(adapters)]  # fmt: skip
+    options = ["--weights", "0", "0", "--evaluate", suite, "--limit", "24", "--engine", "hf", "--as", form]
+    assert remix_merge(out, base, "task_arithmetic", adapters, *options) == 0
     shown = capsys.readouterr().out
     found = json.loads((out / "evaluation.json").read_text())["scores"]
     assert [row["name"] for row in found] == ["base", "1-sums", "2-products", "merged"]
-    shares = [row["benchmarks"]["arithmetic"]["avg@k"] for row in found]
+    shares = [row["benchmarks"][suite]["avg@k"] for row in found]
     assert shares[0] == shares[3] > max(shares[1:3])
     card = (out / "README.md").read_text()
     for row, share in zip(found, shares, strict=True):
         assert f"| {row['name']} | {100 * share:.1f} |" in card
         assert any(line.split() == [row["name"], f"{100 * share:.1f}"] for line in shown.splitlines())
-    assert sum(1 for _ in (out / "evaluation" / "2-products").glob("generations/arithmetic/*.parquet")) == 1
-    words = ["eval", "--model", str(BASE), "--adapter", str(adapters[0]), "--benchmarks", "arithmetic"]
+    assert sum(1 for _ in (out / "evaluation" / "2-products").glob(f"generations/{suite}/*.parquet")) == 1
+    words = ["eval", "--model", str(base), "--adapter", str(adapters[0]), "--benchmarks", suite]
     assert cli.main([*words, "--engine", "hf", "--limit", "24", "--out", str(tmp_path / "alone")]) == 0
     alone = json.loads((tmp_path / "alone" / "summary.json").read_text())
     assert alone["benchmarks"] == found[1]["benchmarks"]
+
+
+def test_what_cannot_be_evaluated_is_not_merged(
+    tiny_model: Path, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found before the merge, not after it."""
+    options = ["--engine", "hf", "--limit", "2", "--evaluate"]
+    assert remix_merge(tmp_path / "out", BASE, "ties", adapters, *options, "shapes") == 2
+    assert "a text model, and the task has images" in capsys.readouterr().err
+    bare = make_model(tiny_model, tmp_path / "bare", seed=1)
+    assert remix_merge(tmp_path / "out", tiny_model, "ties", [bare], *options, "arithmetic", kind="--models") == 2
+    assert f"--model {bare}: no tokenizer (tokenizer.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -236,6 +236,7 @@ def test_fisher_trusts_who_is_sure():
     torch.testing.assert_close(fisher(ZERO, tasks, [1, 1], fishers=tiny), torch.tensor([-1.0, 3.0]), atol=1e-3, rtol=0)
     close(fisher(ZERO, tasks, [1, 1], fishers=[torch.tensor([0.0, 3.0]), torch.tensor([0.0, 1.0])]), 0.0, 3.0)
     close(fisher(ZERO, tasks, [3, 1], fishers=[ZERO, ZERO]), 1.0, 3.0)  # nobody is: the weighted mean
+    close(fisher(ZERO, tasks, [3, 1], fishers=[fishers[0], None]), 1.0, 3.0)  # one is not asked
     # A floor of half the largest: 1.5 and 3, 3 and 1.5: (3 - 6)/4.5, (6 + 9)/4.5.
     close(fisher(ZERO, tasks, [1, 1], fishers=fishers, floor=0.5), -3 / 4.5, 15 / 4.5)
 

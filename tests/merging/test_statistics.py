@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from remix.merging.methods import fisher, regmean
+from remix.merging.statistics import own_rollouts
 from remix.replay import shard_path, write_shard
+from remix.tasks.images import open_image
+from remix.train import run as train
 from remix.types import Prompt, Rollout, RolloutGroup, Score
 from tests.merging.making import lora, make_adapter, make_model, merged_by_peft, remix_merge, stored
+from tests.tiny import EMBEDDED, make_picture_task, tiny_recipe
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.input_layernorm.weight"
 
@@ -106,7 +119,7 @@ def test_rollouts_that_do_not_serve(
     group = RolloutGroup(Prompt("p", "x", "y", "p"), (rollout,))
     write_shard(shard_path(tmp_path / "foreign", 0), 0, [group])
     for run, message in {
-        "pictures": "its prompts have images",
+        "pictures": "a text model, and the task has images",
         "torn": "no whole rollout log",
         "foreign": "token 5000 is not one of its",
     }.items():
@@ -115,3 +128,111 @@ def test_rollouts_that_do_not_serve(
         )
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+# --- vision-language models ---------------------------------------------------------------------------------------
+
+SEEN = "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"
+BETWEEN = "multi_modal_projector.linear_1.weight"
+READ = "language_model.model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def seeing_runs(tiny_vision_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs on pictures, with the adapters and the rollouts that they leave."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in range(2):
+        changes = {
+            "seed": seed, "steps": 1, "tasks": [make_picture_task(folder / "task")], "prompt": {"max_tokens": 24},
+            "adapter": {"type": "lora", "rank": 4, "targets": "all-linear"}, "optimizer": {"lr": 0.3},
+        }  # fmt: skip
+        train(tiny_recipe(tiny_vision_model, folder / str(seed), changes))
+    return [folder / str(seed) for seed in range(2)]
+
+
+def seeing(base: Path, run_dir: Path) -> Any:
+    lm = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(lm, run_dir / "final").merge_and_unload().requires_grad_().eval()
+
+
+def looked_at(base: Path, rollout: Rollout) -> dict[str, Tensor]:
+    pixels = AutoProcessor.from_pretrained(base).image_processor
+    images = [open_image(reference) for reference in rollout.images]
+    shown = {"pixel_values": pixels(images, return_tensors="pt")["pixel_values"]} if images else {}
+    return {"input_ids": torch.cat([rollout.prompt_ids, rollout.response_ids])[None], **shown}
+
+
+def test_fisher_of_adapters_that_saw_pictures(tiny_vision_model: Path, seeing_runs: list[Path], tmp_path: Path) -> None:
+    """The vision tower's too. The token that stands for pictures has no probability, as in the runs."""
+    options = ["--rollouts", *map(str, seeing_runs), "--samples", "6"]
+    parents = [folder / "final" for folder in seeing_runs]
+    assert remix_merge(tmp_path / "out", tiny_vision_model, "fisher", parents, *options) == 0
+    base, found = stored(tiny_vision_model), stored(tmp_path / "out")
+    states, information = [], []
+    for folder in seeing_runs:
+        lm, rollouts = seeing(tiny_vision_model, folder), own_rollouts(str(folder), 6)
+        assert {len(rollout.images) for rollout in rollouts} > {0}
+        parameters = {
+            SEEN: lm.model.vision_tower.encoder.layers[0].self_attn.q_proj.weight,
+            BETWEEN: lm.model.multi_modal_projector.linear_1.weight,
+            READ: lm.model.language_model.layers[1].mlp.down_proj.weight,
+        }
+        squares = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        for rollout in rollouts:
+            lm.zero_grad()
+            logits = lm(**looked_at(tiny_vision_model, rollout)).logits[0, len(rollout.prompt_ids) - 1 : -1]
+            logits = logits[:, torch.arange(logits.shape[1]) != lm.config.image_token_id]  # the last of them
+            assert int(rollout.response_ids.max()) < logits.shape[1]
+            logits.log_softmax(-1)[range(len(logits)), rollout.response_ids].sum().backward()
+            for name, parameter in parameters.items():
+                squares[name] += 0 if parameter.grad is None else parameter.grad**2 / len(rollouts)
+        states.append({name: parameter.detach() for name, parameter in parameters.items()})
+        information.append(squares)
+    for name in (SEEN, BETWEEN, READ):
+        tasks = [state[name] - base[name] for state in states]
+        expected = fisher(base[name], tasks, [1, 1], fishers=[squares[name] for squares in information])
+        torch.testing.assert_close(found[name], expected, atol=2e-5, rtol=0)
+        assert (expected - base[name] - (tasks[0] + tasks[1]) / 2).abs().max() > 1e-3
+
+
+def test_regmean_of_adapters_that_saw_pictures(
+    tiny_vision_model: Path, seeing_runs: list[Path], tmp_path: Path
+) -> None:
+    """What the projector's first layer sees are the vision tower's patches."""
+    options = ["--rollouts", *map(str, seeing_runs), "--samples", "6"]
+    parents = [folder / "final" for folder in seeing_runs]
+    assert remix_merge(tmp_path / "out", tiny_vision_model, "regmean", parents, *options) == 0
+    base, grams, tasks = stored(tiny_vision_model), [], []
+    for folder in seeing_runs:
+        lm = seeing(tiny_vision_model, folder)
+        shown = [looked_at(tiny_vision_model, rollout) for rollout in own_rollouts(str(folder), 6)]
+        pixels = torch.cat([inputs["pixel_values"] for inputs in shown if "pixel_values" in inputs])
+        x = lm.model.vision_tower(pixels).last_hidden_state[:, 1:].flatten(0, 1).detach()  # without the class token
+        grams.append(x.T @ x / len(x))
+        tasks.append(lm.model.multi_modal_projector.linear_1.weight.detach() - base[BETWEEN])
+    expected = regmean(base[BETWEEN], tasks, [1, 1], grams=grams)
+    torch.testing.assert_close(stored(tmp_path / "out")[BETWEEN], expected, atol=2e-5, rtol=0)
+    assert (expected - base[BETWEEN] - (tasks[0] + tasks[1]) / 2).abs().max() > 1e-3
+
+
+def test_experts_in_one_have_no_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "base")
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    run_of(tmp_path / "run", 0)
+    whole = make_model(tmp_path / "base", tmp_path / "whole", seed=1)
+    tokenizer.save_pretrained(whole)
+    options = ["--rollouts", str(tmp_path / "run"), "--samples", "2"]
+    for method in ("fisher", "regmean"):
+        assert remix_merge(tmp_path / "out", tmp_path / "base", method, [whole], *options, kind="--models") == 2
+        message = capsys.readouterr().err
+        assert "which transformers makes part of model.layers.0.mlp.experts.down_proj" in message
+        assert "no statistics are taken of such tensors" in message
+    assert not (tmp_path / "out").exists()
+    beside = make_adapter(tmp_path / "base", tmp_path / "beside", lora(target_modules=["q_proj"]), seed=1)
+    assert remix_merge(tmp_path / "out", tmp_path / "base", "fisher", [beside], *options) == 0
+    torch.testing.assert_close(stored(tmp_path / "out")[Q], merged_by_peft(tmp_path / "base", beside)[Q])

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from remix.config import RecipeError
+from remix.config import Recipe, RecipeError
+from remix.tasks import load_tasks
 from remix.tasks.arithmetic import careful_chain
+from remix.train import run
 from remix.types import Sampling
 from tests.tiny import opened, tiny_recipe, weights_of
 from tests.training.test_degenerate import metrics_of
@@ -40,11 +42,31 @@ def test_the_loss_is_the_cross_entropy_of_the_solutions(tiny_model: Path, tmp_pa
     assert metrics["loss/policy"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_a_solution_beyond_the_limit_is_cut(tiny_model: Path, tmp_path: Path) -> None:
-    with opened(tiny_recipe(tiny_model, tmp_path, SFT)) as trainer:
+def test_a_solution_beyond_the_limit_is_cut(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And said so once; a token of this model is a character, and one more ends the solution."""
+
+    def limited(name: str, most: int) -> Recipe:
+        rollout, rewards = {"group_size": 1, "max_tokens": most}, [{"type": "exact_match"}]
+        changes = SFT | {"rollout": rollout, "rewards": rewards, "steps": 1}
+        return tiny_recipe(tiny_model, tmp_path / name, changes)
+
+    with opened(limited("cut", 9)) as trainer:
         (group,) = trainer.sampler.sample(trainer.stream.take(0, 1), Sampling(2), 1, version=0)
     assert group.rollouts[0].truncated
     assert trainer.sampler.decode(group.rollouts[0].response_ids.tolist()) == group.prompt.solution[:2]
+    run(limited("run", 9))
+    (task,) = load_tasks(limited("cut", 9).tasks, "train")
+    lengths = [len(prompt.solution) + 1 for prompt in task.prompts]
+    long, longest = sum(length > 9 for length in lengths), max(lengths)
+    assert 0 < long < len(lengths)
+    said = f"{long} of {len(lengths)} demonstrations are cut at rollout.max_tokens 9, "
+    shown = capsys.readouterr().out
+    assert shown.count(said) == 1
+    assert f"the longest has {longest} tokens: set rollout.max_tokens to {longest} to" in shown
+    with opened(limited("whole", longest)) as trainer:
+        assert trainer.sampler.cut(task.prompts, longest) is None
 
 
 def test_it_learns_the_demonstrations_and_resumes_exactly(tiny_model: Path, tmp_path: Path) -> None:

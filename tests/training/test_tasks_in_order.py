@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from remix.config import Recipe, RecipeError
 from remix.evaluation.continual import read_record
+from remix.evaluation.continual_report import markdown
 from remix.train import run
 from remix.training.loop import Trainer
 from remix.training.stages import make_plans
@@ -83,7 +86,14 @@ def test_pam_is_the_mean_of_what_was_and_what_was_trained(tiny_model: Path, tmp_
     rows = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     assert [("misaligned_fraction" in row) for row in rows] == [True, True, False]  # not within K of the end
     assert not any("misaligned_fraction" in line for line in (first / "metrics.jsonl").read_text().splitlines())
-    assert read_record(tmp_path).learnt[1].sign_conflict is not None
+    record = read_record(tmp_path)
+    assert record.learnt[1].sign_conflict is not None
+    for number, folder in enumerate((first / "merged", second / "merged"), 1):
+        _, head, text = (folder / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(head)["base_model"] == str(tiny_model)
+        assert text.strip() == markdown(replace(record, learnt=record.learnt[:number])).strip()
+        assert f"{number} of 2 tasks learnt" in text
+    assert (tmp_path / "final" / "README.md").read_text() == (second / "merged" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("place", ["inside the second task", "before it is merged"])

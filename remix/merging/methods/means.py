@@ -144,30 +144,32 @@ def fisher(
     tasks: Sequence[Tensor],
     weights: Sequence[float],
     *,
-    fishers: Sequence[Tensor],
+    fishers: Sequence[Tensor | None],
     floor: float = 1e-6,
 ) -> Tensor:
     """Σ w_i·F_i·θ_i / Σ w_i·F_i = θ_0 + Σ w_i·F_i ∘ τ_i / Σ w_i·F_i, with F_i the diagonal Fisher information.
 
     Fisher-weighted averaging (arXiv 2111.09832). F is at least `floor` of its largest entry over all parents, so
-    that where no parent is sure the mean is the plain one; the paper's floor of 1e-6 is absolute.
+    that where no parent is sure the mean is the plain one, as it is where there is none of them (None); the paper's
+    floor of 1e-6 is absolute.
     """
     require_parents(base, tasks, weights)
     require_each(fishers, tasks, "Fisher tensors")
     shares = normalised(weights)
-    for index, information in enumerate(fishers):
+    known = [information for information in fishers if information is not None]
+    for index, information in enumerate(known):
         require_shape(information, base.shape, f"Fisher tensor {index}")
         if bool((information < 0).any()):
             raise ValueError(f"Fisher tensor {index} has entries below 0; give mean squares of gradients")
     dtype = working_dtype(base, tasks)
-    peak = max((float(information.max()) for information in fishers if information.numel()), default=0.0)
-    if peak == 0:
+    peak = max((float(information.max()) for information in known if information.numel()), default=0.0)
+    if peak == 0 or len(known) < len(tasks):
         return applied(base, weighted_sum(base, tasks, shares))
     total = torch.zeros(base.shape, dtype=dtype, device=base.device)
-    for information, share in zip(fishers, shares, strict=True):
+    for information, share in zip(known, shares, strict=True):
         total += _relative(information, peak, floor, dtype) * share
     delta = torch.zeros_like(total)
-    for task, information, share in zip(tasks, fishers, shares, strict=True):
+    for task, information, share in zip(tasks, known, shares, strict=True):
         delta += _relative(information, peak, floor, dtype).mul_(share).div_(total).mul_(task)
     return applied(base, delta)
 
