@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import hmac
 import json
 import os
@@ -44,6 +45,8 @@ NEVER = -100.0
 """What vLLM adds to the logit of a token that is not drawn; it allows no more. e^-100 is nothing beside 1."""
 CPU_BATCHED_TOKENS = 4096
 """Most tokens of one forward pass on a CPU; a whole prompt has to fit."""
+_PR_SET_CHILD_SUBREAPER = 36
+"""Of <linux/prctl.h>."""
 _SERVED = "REMIX_SERVED"
 """The environment variable by which the program tells its web application what `ABOUT` says of the model's files."""
 _UNSAID = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own = sys.argv[1:] if arguments is None else list(arguments)
         return _guarded([word for word in own if not word.startswith("--parent=")], options.parent)
     try:
-        if not os.environ.get(KEY):
+        if not os.environ.get(KEY, "").strip():
             raise ValueError(f"set {KEY} to a secret of yours, and to the same where the run is started")
         if find_spec("vllm") is None:
             raise ValueError("vLLM is not installed; run `bash scripts/setup.sh vllm`")
@@ -119,9 +122,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _guarded(arguments: Sequence[str], parent: int) -> int:
     """The server as a child in a process group of its own, all of which ends with the parent, also a killed one."""
+    if sys.platform == "linux":  # the children of the server come to this process when it dies, to be buried
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     command = [sys.executable, "-P", "-m", "remix.rollout.serve", *arguments]
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         while child.poll() is None and os.getppid() == parent:
             time.sleep(0.3)
@@ -129,6 +134,9 @@ def _guarded(arguments: Sequence[str], parent: int) -> int:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # vLLM's own processes may outlive the one that is gone
+        with contextlib.suppress(ChildProcessError):
+            while os.wait():
+                pass
 
 
 def _serve(options: argparse.Namespace, folder: Path, of_vllm: Sequence[str]) -> None:
@@ -173,8 +181,10 @@ def _serve(options: argparse.Namespace, folder: Path, of_vllm: Sequence[str]) ->
             "--no-enable-chunked-prefill",
             f"--max-num-batched-tokens={batched}",
         ]
-        # Left alone, vLLM gives even one worker a process of its own, which polls for its calls.
-        words += ["--distributed-executor-backend=uni"] * (options.tensor_parallel == 1)
+        if options.tensor_parallel == 1:
+            # Or vLLM would give the one worker a process of its own, which polls for its calls.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            words.append("--distributed-executor-backend=uni")
     else:
         words.append(f"--gpu-memory-utilization={options.memory_fraction}")
         words += ["--enforce-eager"] * options.enforce_eager
@@ -189,7 +199,7 @@ class Door:
 
     def __init__(self, app: Any) -> None:
         self._app = app
-        self._key = os.environ[KEY].encode()
+        self._key = os.environ[KEY].strip().encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -236,8 +236,7 @@ class ServerEngine:
                     if self._out.pop(replica.url, None):
                         self._message(f"the vLLM server {replica.url} is back")
                 else:
-                    holds = version if isinstance(version, DownError) else f"holds weights {version}"
-                    self._leave_out(replica, holds)
+                    self._leave_out(replica, version if isinstance(version, DownError) else f"holds weights {version}")
             live = [replica for replica in self._replicas if replica.url not in self._out]
             if live:
                 return live
@@ -250,10 +249,10 @@ class ServerEngine:
             "use rollout.engine.type: hf. If they were slow, raise rollout.engine.timeout"
         )
 
-    def _leave_out(self, replica: Replica, why: object) -> None:
+    def _leave_out(self, replica: Replica, why: Exception | str) -> None:
         if replica.url not in self._out:
             self._message(f"the vLLM server {replica.url} {why}: left out, its prompts go to the others")
-            if self.servers is not None:
+            if self.servers is not None and isinstance(why, DownError):
                 self.servers.end(replica.url)  # it may hang
         self._out[replica.url] = str(why)
 

@@ -36,7 +36,7 @@ def open_servers(
         if not config.urls:
             ports = choose_ports(config.port, config.replicas)
             return secrets.token_urlsafe(32), [f"http://127.0.0.1:{port}" for port in ports], ports
-        key = os.environ.get(KEY)
+        key = os.environ.get(KEY, "").strip()
         if not key:
             raise ValueError(f"rollout.engine.urls: set {KEY} to the key that the servers were started with")
         return key, config.urls, ()
