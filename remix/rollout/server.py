@@ -7,20 +7,22 @@ has a version; one that holds another than the policy's is not asked, and its an
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import shutil
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any, TypeVar
+from tempfile import gettempdir, mkdtemp
+from typing import IO, Any, TypeVar
 
 import anyio
 import httpx
 from anyio.from_thread import start_blocking_portal
 from torch import Tensor
 
+from remix.durable import locked
 from remix.errors import TrainingError
 from remix.rollout import frames
 from remix.rollout.launch import OwnServers
@@ -38,7 +40,7 @@ UNSYNCED = "default"
 WAIT_SECONDS = 1.0
 """Between two looks for a server that is being started again."""
 
-_FOLDER = "remix-weights-"
+_FOLDER, _LOCK = "remix-weights-", ".lock"
 
 
 def alone(value: A) -> list[A]:
@@ -96,7 +98,10 @@ class ServerEngine:
         """Held by who hands weights over; guards the next two."""
         self._paths: list[str] = []
         self._held = UNSYNCED
-        self._folder = _folder(transfer) if is_main else None
+        self._folder: Path | None = None
+        self._lock: IO[str] | None = None
+        if is_main:
+            self._folder, self._lock = _folder(transfer)
         self.servers: OwnServers | None = None
         """Those that this rank started. It closes them with itself."""
 
@@ -190,8 +195,9 @@ class ServerEngine:
         """Ends the servers that the run started. Closing twice is fine."""
         if self.servers is not None:
             self.servers.close()
-        if self._folder is not None:
+        if self._folder is not None and self._lock is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._lock.close()
 
     async def _ask(
         self,
@@ -342,19 +348,34 @@ async def _or_down(answer: Awaitable[A]) -> A | DownError:
         return error
 
 
-def _folder(transfer: str | None) -> Path:
-    """A folder of this run's own. Raises ValueError where there can be none."""
-    if transfer is not None:
-        folder = Path(transfer) / f"{_FOLDER}{secrets.token_hex(4)}"
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(
-                f"rollout.engine.transfer {transfer}: cannot be written to ({error.strerror}): name a folder that "
-                "trainer and servers see"
-            ) from error
-        return folder
-    return Path(mkdtemp(prefix=_FOLDER, dir=frames.SHARED_MEMORY))
+def _folder(transfer: str | None) -> tuple[Path, IO[str]]:
+    """A folder of this run's own, and the lock that it has as long as the run lives. Raises ValueError where there can
+    be none. Those that runs left behind in shared memory, which were killed, are removed."""
+    parent = Path(transfer or frames.SHARED_MEMORY or gettempdir())
+    if transfer is None:
+        _clear(parent)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(mkdtemp(prefix=_FOLDER, dir=parent))
+        if transfer is not None:
+            folder.chmod(0o755)  # servers of another user read it too
+    except OSError as error:
+        raise ValueError(
+            f"rollout.engine.transfer {parent}: cannot be written to ({error.strerror}): name a folder that trainer "
+            "and servers see"
+        ) from error
+    lock = locked(folder / _LOCK)
+    assert lock is not None
+    return folder, lock
+
+
+def _clear(parent: Path) -> None:
+    for path in parent.glob(f"{_FOLDER}*/{_LOCK}"):
+        with contextlib.suppress(OSError):  # another user's
+            lock = locked(path)
+            if lock is not None:
+                shutil.rmtree(path.parent)
+                lock.close()
 
 
 def _remove(paths: Iterable[str]) -> None:
