@@ -45,7 +45,8 @@ FLOORS = {
 
 DOORS = {
     "PIL": {"remix.tasks.images", "remix.tasks.shapes"},
-    "vllm": {"remix.rollout.vllm"},
+    "vllm": {"remix.rollout.serve", "remix.rollout.vllm", "remix.rollout.vllm_weights"},
+    "httpx": {"remix.rollout.replica", "remix.rollout.server"},
     "accelerate": {"remix.training.distributed"},
     "deepspeed": set(),
     "datasets": {"remix.tasks.hub"},
@@ -65,6 +66,7 @@ DOORS = {
         "remix.models.loading",
         "remix.models.shards",
         "remix.rollout.frames",
+        "remix.rollout.vllm_weights",
     },
 }
 """The modules that may import a heavy library."""

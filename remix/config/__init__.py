@@ -69,7 +69,14 @@ from remix.config.model import (
     SharedCritic,
 )
 from remix.config.recipe import Recipe, RecipeError, dump_recipe, load_recipe, parse_recipe
-from remix.config.rollout import BatchConfig, HFEngineConfig, RefillConfig, RolloutConfig, VLLMEngineConfig
+from remix.config.rollout import (
+    BatchConfig,
+    HFEngineConfig,
+    RefillConfig,
+    RolloutConfig,
+    VLLMEngineConfig,
+    VLLMServerConfig,
+)
 from remix.config.run import CheckpointConfig, EvalConfig, FaultConfig, LogConfig, OptimizerConfig
 
 __all__ = [
@@ -140,6 +147,7 @@ __all__ = [
     "TiesMethod",
     "Trigger",
     "VLLMEngineConfig",
+    "VLLMServerConfig",
     "changed_keys",
     "dump_recipe",
     "load_recipe",

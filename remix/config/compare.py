@@ -13,6 +13,8 @@ PLACES = {
     "alignment.initial",
     "adapter.path",
     *(f"rollout.engine.{key}" for key in ("own_process", "timeout", "restarts")),
+    *(f"rollout.engine.{key}" for key in ("urls", "replicas", "devices", "port", "tensor_parallel")),
+    *(f"rollout.engine.{key}" for key in ("transfer", "retries")),
 }
 """Dotted keys that say where something lies or runs, not what: they may change too."""
 
@@ -32,7 +34,7 @@ def _flat(block: Any, prefix: str = "") -> dict[str, Any]:
     return {
         name: value
         for key, inner in items
-        if prefix or key not in MAY_CHANGE
-        for name, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-        if name not in PLACES
+        for path in [f"{prefix}.{key}" if prefix else str(key)]
+        if path not in PLACES and (prefix or key not in MAY_CHANGE)
+        for name, value in _flat(inner, path).items()
     }

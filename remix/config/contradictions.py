@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from remix.config.algorithm import GAEAdvantage, KLBudgetTrigger, MixPolicyPhase
 from remix.config.data import LengthReward
 from remix.config.model import IA3Adapter, LoraAdapter
-from remix.config.rollout import LARGEST_SWAPPED_RANK, VLLMEngineConfig
+from remix.config.rollout import LARGEST_SWAPPED_RANK, VLLMEngineConfig, VLLMServerConfig
 
 if TYPE_CHECKING:
     from remix.config.recipe import Recipe
@@ -122,17 +122,47 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
             "adapter.type prefix sits in the attention cache, which model.gradient_checkpointing does without: "
             "set that to false, or adapter.type to prompt"
         )
-    if not isinstance(engine, VLLMEngineConfig):
+    if isinstance(engine, VLLMServerConfig):
+        yield from _server(engine)
+    if engine.type != "hf" and adapter.type in ("prefix", "prompt"):
+        yield (
+            f"rollout.engine.type {engine.type} does not serve adapter.type {adapter.type}: "
+            "set rollout.engine.type to hf"
+        )
+    if not isinstance(engine, VLLMEngineConfig) or adapter.type in ("prefix", "prompt"):
         return
-    if adapter.type in ("prefix", "prompt"):
-        yield f"rollout.engine.type vllm does not serve adapter.type {adapter.type}: set rollout.engine.type to hf"
-    elif engine.lora == "hot_swap" and (adapter.type != "lora" or dora or merges):
+    if engine.lora == "hot_swap" and (adapter.type != "lora" or dora or merges):
         what = "DoRA" if dora else "reincarnation.lora merge" if merges else f"adapter.type {adapter.type}"
         yield f"rollout.engine.lora hot_swap hands vLLM a plain LoRA, which {what} is not: set it to merged"
     elif engine.lora == "hot_swap" and isinstance(adapter, LoraAdapter) and adapter.rank > LARGEST_SWAPPED_RANK:
         yield (
             f"rollout.engine.lora hot_swap goes up to rank {LARGEST_SWAPPED_RANK}, adapter.rank is {adapter.rank}: "
             "set rollout.engine.lora to merged"
+        )
+
+
+def _server(engine: VLLMServerConfig) -> Iterator[str]:
+    started = ("replicas", "devices", "port", "tensor_parallel", "restarts", "memory_fraction", "kv_cache_gib")
+    vain = [key for key in (*started, "enforce_eager") if key in engine.model_fields_set]
+    if engine.urls and vain:
+        yield (
+            f"rollout.engine.{vain[0]} is for servers that the run starts, and urls names those that are there: "
+            "remove either, and give what it says to remix.rollout.serve"
+        )
+    if engine.devices and len(engine.devices) != engine.replicas:
+        yield (
+            f"rollout.engine.devices names the GPUs of {len(engine.devices)} servers, replicas is {engine.replicas}: "
+            "give each replica its own"
+        )
+    for url in engine.urls:
+        if not url.startswith(("http://", "https://")):
+            yield f"rollout.engine.urls: '{url}' is no address: give it as http://HOST:PORT"
+    if len(set(engine.urls)) < len(engine.urls):
+        yield "rollout.engine.urls names a server twice: name each once"
+    if engine.lora == "hot_swap":
+        yield (
+            "rollout.engine.lora hot_swap is for type vllm: servers take whole checkpoints, so that what they hold "
+            "has one version. Set it to merged"
         )
 
 

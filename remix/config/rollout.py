@@ -42,6 +42,37 @@ class VLLMEngineConfig(Block):
     enforce_eager: bool = False
 
 
+class VLLMServerConfig(Block):
+    """vLLM as servers (`python -m remix.rollout.serve`), on GPUs of their own, which all processes of a run share."""
+
+    type: Literal["vllm_server"] = "vllm_server"
+    urls: tuple[str, ...] = ()
+    """Servers that are there, for example http://127.0.0.1:8000. Empty: the run starts its own, on this machine."""
+    replicas: PositiveInt = 1
+    """Servers that the run starts. Prompts are dealt out over all that answer."""
+    devices: tuple[str, ...] = ()
+    """GPUs of each replica that the run starts, as CUDA_VISIBLE_DEVICES names them: ["4,5", "6,7"]."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Of the first server that the run starts; the others' follow. Default: free ones."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs over which a server that the run starts splits the model."""
+    transfer: str | None = None
+    """A folder that trainer and servers see, through which weights go. Default: this machine's shared memory."""
+    lora: Literal["merged", "hot_swap"] = "merged"
+    """How an adapter gets there: folded into a copy of all weights."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that a response or a weight sync may take before its server counts as hung."""
+    retries: NonNegativeInt = 3
+    """How often a server that fails to answer is asked again, after growing pauses, before it is left out."""
+    restarts: NonNegativeInt = 3
+    """How often a run starts servers of its own again."""
+    memory_fraction: Fraction = 0.9
+    """Share of a GPU's memory that a server takes which the run starts."""
+    kv_cache_gib: PositiveFloat = 0.25
+    """Its cache size on a machine without a GPU."""
+    enforce_eager: bool = False
+
+
 class RefillConfig(Block):
     """Dynamic sampling (DAPO): groups whose rewards are all equal are sampled anew from further prompts."""
 
@@ -50,7 +81,9 @@ class RefillConfig(Block):
 
 
 class RolloutConfig(Block):
-    engine: Annotated[HFEngineConfig | VLLMEngineConfig, Field(discriminator="type")] = HFEngineConfig()
+    engine: Annotated[HFEngineConfig | VLLMEngineConfig | VLLMServerConfig, Field(discriminator="type")] = (
+        HFEngineConfig()
+    )
     group_size: PositiveInt = 8
     """Responses to one prompt."""
     temperature: PositiveFloat = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from remix.types import Completion, Request, Sampling
+
+SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where weights lie on their way; None = wherever temporary files do."""
 
 LENGTH = struct.Struct("<Q")
 """Stands before every frame: the number of its bytes."""

@@ -8,11 +8,9 @@ before.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import random
-import re
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,12 +21,14 @@ from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from remix.config import ModelConfig
 from remix.models.loading import load_processor, sees_images
 from remix.models.vision import Places, check_vllm
 from remix.rollout import frames
+from remix.rollout.frames import SHARED_MEMORY
+from remix.rollout.serve import CPU_BATCHED_TOKENS, NEVER
 from remix.tasks.images import open_image
 from remix.types import Completion, FinishReason, Request, Sampling
 
@@ -42,9 +42,9 @@ try:
     from vllm import LLM, SamplingParams
     from vllm.config.lora import MaxLoRARanks
     from vllm.lora.request import LoRARequest
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-    from vllm.model_executor.model_loader import get_model_loader
     from vllm.platforms import current_platform
+
+    from remix.rollout.vllm_weights import Expected, repack_tied_heads
 except ModuleNotFoundError as error:
     if error.name != "vllm":
         raise
@@ -54,20 +54,9 @@ except ModuleNotFoundError as error:
         name="vllm",
     ) from None
 
-CPU_BATCHED_TOKENS = 4096
-"""Most tokens of one forward pass on a CPU; a whole prompt has to fit."""
-
-SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
-"""Where a LoRA lies on its way; None = wherever temporary files do."""
-NEVER = -100.0
-"""What vLLM adds to the logit of a token that is not drawn; it allows no more. e^-100 is nothing beside 1."""
-
 _ENVIRONMENT = ("LD_PRELOAD", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME")
 """Restored after every call: the first would reach processes that the trainer starts, the others say who the rank is
 and how its group talks."""
-
-NOT_TRAINED = re.compile(r"rotary_emb\.inv_freq$|^mtp\.")
-"""Tensors that some checkpoints carry and no policy trains: old rotary buffers, multi-token prediction heads."""
 
 
 class VLLMEngine:
@@ -154,7 +143,8 @@ class VLLMEngine:
                 async_scheduling=False,  # a batch scheduled ahead would outlive its call
                 distributed_executor_backend="external_launcher" if self._shares_process_group else "uni",
             )
-            self._shapes = self._checkpoint_shapes()
+            (model,) = self._llm.collective_rpc("get_model")
+            self._expected = Expected(self._llm.llm_engine.vllm_config, model)
         self.kv_blocks: int = self._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
         VLLMEngine._open = weakref.ref(self)
 
@@ -258,40 +248,17 @@ class VLLMEngine:
         if not self._weights_intact:
             raise RuntimeError("An earlier weight sync failed and left a mixture of weights. Build a new engine.")
 
-    def _checkpoint_shapes(self) -> dict[str, torch.Size]:
-        """Name and shape of every weight that a sync must bring. Reads headers; the values stay on disk."""
-        config = self._llm.llm_engine.vllm_config
-        (model,) = self._llm.collective_rpc("get_model")
-        self._head_is_tied = bool(_tied_heads(model))
-        loader = get_model_loader(config.load_config)
-        shapes = {name: tensor.shape for name, tensor in loader.get_all_weights(config.model_config, model)}
-        return {name: shape for name, shape in shapes.items() if not NOT_TRAINED.search(name)}
-
     def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        missing = {name for name in self._shapes if not self._is_tied_head(name)}
-        for name, tensor in weights:
-            if self._is_tied_head(name):
-                continue  # the embedding brings it
-            if name not in self._shapes:
-                near = difflib.get_close_matches(name, self._shapes, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"Weight sync: {name!r} is no weight of the checkpoint {self._model_path}.{hint}")
-            if tensor.shape != self._shapes[name]:
-                raise ValueError(
-                    f"Weight sync: {name!r} has shape {tuple(tensor.shape)}, "
-                    f"in the checkpoint {self._model_path} it has {tuple(self._shapes[name])}."
-                )
-            missing.discard(name)
-            # vLLM holds on to the tensors of a layer until the last of them has come.
-            yield name, tensor.detach().clone()
-        if missing:
-            raise ValueError(
-                f"Weight sync: {len(missing)} of {len(self._shapes)} weights of the checkpoint {self._model_path} "
-                f"did not come, for example {', '.join(sorted(missing)[:5])}."
-            )
+        current: list[Tensor] = []
 
-    def _is_tied_head(self, name: str) -> bool:
-        return self._head_is_tied and name.endswith("lm_head.weight")
+        def shapes() -> Iterator[tuple[str, torch.Size]]:
+            for name, tensor in weights:
+                current[:] = [tensor]
+                yield name, tensor.shape
+
+        for name in self._expected.checked(shapes()):
+            # vLLM holds on to the tensors of a layer until the last of them has come.
+            yield name, current[0].detach().clone()
 
 
 def _rank_slots(rank: int) -> int:
@@ -318,16 +285,7 @@ def _forget_batch(worker: Any) -> None:
 
 def _load_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
     worker.reload_weights(weights_iterator=weights)
-    for head in _tied_heads(worker.get_model()):
-        # Without a weight of its own to reload, it keeps on a CPU the packed copy that vLLM made of the old one.
-        head.quant_method.process_weights_after_loading(head)
-
-
-def _tied_heads(model: nn.Module) -> list[Any]:
-    """Output heads that share their weight with an embedding."""
-    layers = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
-    heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)]
-    return [head for head in heads if any(layer is not head and layer.weight is head.weight for layer in layers)]
+    repack_tied_heads(worker.get_model())
 
 
 @contextmanager

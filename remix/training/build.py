@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from remix import checkpoint
-from remix.config import HFEngineConfig, Recipe, VLLMEngineConfig, dump_recipe
+from remix.config import HFEngineConfig, Recipe, VLLMServerConfig, dump_recipe
 from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
 from remix.merging.continual import Alignment, saved_snapshot
@@ -36,6 +36,7 @@ from remix.training.objective import Objective
 from remix.training.packable import start_packing
 from remix.training.plan import make_plan
 from remix.training.probe import SyncProbe, check_images
+from remix.training.servers import open_servers, refuse_servers
 from remix.training.state import TrainState, check_same_run, from_checkpoint, moved_on, run_identity
 from remix.training.update import Updater
 from remix.types import Engine, Prompt
@@ -86,7 +87,7 @@ def open_trainer(
         cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         exams = build_exams(recipe, policy, held_out, rewards, stack)
-        engine = build_engine(recipe, policy, train, exams, progress.message)
+        engine = build_engine(recipe, policy, train, exams, cluster, progress.message)
         stack.callback(cluster.forget)  # or a run after this one in the process would find its model beside its own
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
@@ -100,7 +101,7 @@ def open_trainer(
             cluster=cluster,
             policy=policy,
             sampler=_build_sampler(recipe, engine, rewards, policy, train, progress.message),
-            probe=SyncProbe(recipe, policy),
+            probe=SyncProbe(recipe, policy, lambda value: cluster.any(value, "the probe of the engine")),
             stream=PromptStream(train, seed=recipe.seed),
             exams=exams,
             experience=Experience(recipe, policy, cluster),
@@ -120,7 +121,8 @@ def _load(recipe: Recipe, device: torch.device, progress: Progress) -> tuple[Pol
     train = load_tasks(recipe.tasks, "train")
     asked = () if recipe.eval.benchmarks else recipe.eval.tasks or recipe.tasks
     held_out = load_tasks(asked, "test") if asked else []
-    if isinstance(recipe.rollout.engine, VLLMEngineConfig) and sees_images(recipe.model):
+    if recipe.rollout.engine.type != "hf" and sees_images(recipe.model):
+        refuse_servers(recipe)
         check_vllm(recipe.model.path)
     processor = load_processor(recipe.model, needed=any(prompt.images for prompt in _prompts([train, held_out])))
     tokenizer = load_tokenizer(recipe.model, processor)
@@ -197,7 +199,12 @@ def _hf_engine(policy: Policy, batch_size: int) -> HFEngine:
 
 
 def build_engine(
-    recipe: Recipe, policy: Policy, train: Sequence[TaskSet], exams: Sequence[Exam], message: Callable[[str], None]
+    recipe: Recipe,
+    policy: Policy,
+    train: Sequence[TaskSet],
+    exams: Sequence[Exam],
+    cluster: Cluster,
+    message: Callable[[str], None],
 ) -> Engine:
     """What samples: transformers on the trainer's own module, or vLLM with a copy of the weights.
 
@@ -206,14 +213,15 @@ def build_engine(
     config = recipe.rollout.engine
     if isinstance(config, HFEngineConfig):
         return _hf_engine(policy, config.batch_size)
+    longest = max(recipe.prompt.max_tokens + recipe.rollout.max_tokens, *(exam.longest_sequence for exam in exams))
+    if isinstance(config, VLLMServerConfig):
+        return open_servers(recipe, config, policy, longest, cluster, message)
     prompts = [*_prompts([train]), *(prompt for exam in exams for prompt in exam.prompts)]
     arguments: dict[str, Any] = {
         "revision": recipe.model.revision,
         "dtype": recipe.model.dtype,
         "trust_remote_code": recipe.model.trust_remote_code,
-        "max_model_len": max(
-            recipe.prompt.max_tokens + recipe.rollout.max_tokens, *(exam.longest_sequence for exam in exams)
-        ),
+        "max_model_len": longest,
         "eos_token_ids": policy.module.eos_token_ids,
         "memory_fraction": config.memory_fraction,
         "kv_cache_gib": config.kv_cache_gib,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remix.config import (
+    HFEngineConfig,
     HubTask,
     IA3Adapter,
     KLBudgetTrigger,
@@ -28,6 +29,7 @@ from remix.config import (
     StepsTrigger,
     Trigger,
     VLLMEngineConfig,
+    VLLMServerConfig,
 )
 from remix.evaluation.overrides import evaluation_responses
 from remix.training.memory import Memory, estimate_memory
@@ -229,13 +231,16 @@ def _adapter_in_words(recipe: Recipe) -> str:
 
 
 def _engine_way(recipe: Recipe) -> str:
-    if not isinstance(recipe.rollout.engine, VLLMEngineConfig):
+    engine = recipe.rollout.engine
+    if isinstance(engine, HFEngineConfig):
         return "the trainer's own module"
-    if recipe.adapter.type == "none":
-        return "all weights after each step"
-    if recipe.rollout.engine.lora == "hot_swap":
+    if engine.lora == "hot_swap":
         return "the LoRA after each step, beside the base weights"
-    return "all weights after each step, the adapter merged into them"
+    merged = "" if recipe.adapter.type == "none" else ", the adapter merged into them"
+    if isinstance(engine, VLLMServerConfig):
+        count, whose = len(engine.urls) or engine.replicas, "" if engine.urls else " that the run starts"
+        merged += f", by files, to {count} server{'s' * (count > 1)}{whose}"
+    return f"all weights after each step{merged}"
 
 
 def _span(values: Iterator[int]) -> Span:

@@ -19,6 +19,7 @@ from remix.config import (
     SeparateCritic,
     ShapesTask,
     VLLMEngineConfig,
+    VLLMServerConfig,
     nearest,
 )
 from remix.models.adapter_files import check_start
@@ -88,11 +89,11 @@ def _batch(recipe: Recipe, world_size: int) -> Iterator[str]:
             "raise batch.prompts, or launch fewer processes"
         )
     engine = recipe.rollout.engine
-    own = isinstance(engine, VLLMEngineConfig) and engine.own_process and engine.timeout >= recipe.faults.rank_timeout
-    if own and world_size > 1:
+    apart = isinstance(engine, VLLMServerConfig) or (isinstance(engine, VLLMEngineConfig) and engine.own_process)
+    if apart and world_size > 1 and getattr(engine, "timeout", 0.0) >= recipe.faults.rank_timeout:
         yield (
             f"rollout.engine.timeout is not below faults.rank_timeout ({recipe.faults.rank_timeout:g} s): before an "
-            "engine that hangs were started again, the other processes would have given up. Lower the one or raise "
+            "engine that hangs were given up, the other processes would have been. Lower the one or raise "
             "the other"
         )
     longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
