@@ -189,6 +189,7 @@ def build_optimizer(module: ActorCritic, config: OptimizerConfig) -> torch.optim
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
