@@ -5,7 +5,7 @@
 PYTHON is an interpreter of an environment with `trl`. Both train the embedded model on-policy with the same prompts,
 batch (8 prompts x 8 responses), lengths and learning rate, no KL, one pass, one thread, by transformers' sampling; the
 model's end token is one that it hardly ever writes, so that responses have full length. Each run is a process of its
-own; rounds alternate, and the medians over all steps but each first are compared.
+own; seconds are of the processor, rounds alternate, and the medians over all steps but each first are compared.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ tokenizer.save_pretrained(folder)
 """
 
 BY_REMIX = """
-import json, resource, sys
+import json, resource, sys, time
 from pathlib import Path
 from remix.config import load_recipe
 from remix.tracking.progress import Progress
@@ -49,11 +49,19 @@ from remix.training.build import open_trainer
 from remix.training.distributed import Cluster
 recipe = load_recipe(sys.argv[1])
 progress = Progress("bench", recipe.run_dir, recipe.last_step, enabled=False)
+seconds = []
 with Cluster() as cluster, open_trainer(recipe, cluster, progress, resume=False) as trainer:
+    step_of = trainer._step
+    def timed(step):
+        began = time.process_time()
+        metrics = step_of(step)
+        seconds.append(time.process_time() - began)
+        return metrics
+    trainer._step = timed
     trainer.fit()
 lines = read_metrics(Path(recipe.run_dir))
 print(json.dumps({
-    "seconds": [line["time/step"] for line in lines],
+    "seconds": seconds,
     "tokens": [line["tokens/sampled"] for line in lines],
     "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
 }))
@@ -77,9 +85,9 @@ def reward(completion_ids, **_):
 
 class Clock(TrainerCallback):
     def on_step_begin(self, *_, **__):
-        self.began = time.perf_counter()
+        self.began = time.process_time()
     def on_step_end(self, *_, **__):
-        seconds.append(time.perf_counter() - self.began)
+        seconds.append(time.process_time() - self.began)
 
 options = GRPOConfig(
     output_dir=setup["out"], use_cpu=True, bf16=False, max_steps=setup["steps"], report_to=[], save_strategy="no",
