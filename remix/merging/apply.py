@@ -17,7 +17,8 @@ from torch import Tensor
 from remix.durable import write_json
 from remix.merging import lora
 from remix.merging.base import EVALUATION, RECORD, Base, open_base
-from remix.merging.methods import task_seed
+from remix.merging.methods import METHODS, task_seed
+from remix.merging.methods.arithmetic import trimmed
 from remix.merging.parents import AdapterParent, Factors, Parent, open_parents
 from remix.merging.request import MergeRequest, Setting, complete
 from remix.merging.statistics import Statistics
@@ -25,8 +26,9 @@ from remix.models import files, shards
 
 NOT_COPIED = (files.INDEX, RECORD, EVALUATION, "adapter_*")
 """Of the small files beside the base's weights: what speaks of those very weights."""
-BLOCK = 1 << 22
-"""Entries of a whole model's tensor that are merged at a time, where a method looks at each by itself."""
+BLOCK = 1 << 20
+"""Entries of a whole model's tensor that are merged at a time, where a method looks at each by itself. Temporaries of
+four times as many are given back to the system and asked for again, which costs more than the sums."""
 Progress = Callable[[int, str], None]
 """So many more tensors are done, the last of this name."""
 
@@ -71,22 +73,31 @@ class Merge:
         if factors is not None:
             product = lora.delta(*factors, fan_in_fan_out=self.like(name).flipped(name)).reshape(base.shape)
             return torch.where(product == 0, base, (base + product).to(base.dtype))
-        if self.request.models and base.dim() and entrywise(self.request.method, setting):
+        if self.request.models and base.dim() and entrywise(self.request.method):
             rows, merged = max(1, BLOCK // max(1, base[0].numel())), torch.empty(base.shape, dtype=base.dtype)
+            keeps = self._keeps(name, base, setting)
             for start in range(0, len(base), rows):
                 block = slice(start, start + rows)
-                merged[block] = self._merged_rows(name, base, block, setting, statistics)
+                tasks = self._tasks(name, base[block], block)
+                kept = None if keeps is None else [keep if keep is None else keep[block] for keep in keeps]
+                merged[block] = self._by_method(name, base[block], tasks, setting, keeps=kept)
             return merged
-        return self._merged_rows(name, base, None, setting, statistics)
+        return self._by_method(name, base, self._tasks(name, base, None), setting, statistics)
 
-    def _merged_rows(
-        self, name: str, base: Tensor, rows: slice | None, setting: Setting, statistics: Statistics | None
-    ) -> Tensor:
-        base = base if rows is None else base[rows]
+    def _tasks(self, name: str, base: Tensor, rows: slice | None) -> list[Tensor]:
         zero = base.new_zeros((), dtype=torch.float32).expand(base.shape)
         parents = [self.parents[i] for i in self.order]
-        tasks = [parent.task_vector(name, base, rows) if name in parent.touched else zero for parent in parents]
-        return self._by_method(name, base, tasks, setting, statistics)
+        return [parent.task_vector(name, base, rows) if name in parent.touched else zero for parent in parents]
+
+    def _keeps(self, name: str, base: Tensor, setting: Setting) -> list[Tensor | None] | None:
+        """What trimming keeps of each whole task vector, one after the other; None where the method does not trim."""
+        if not self.request.spec.trims:
+            return None
+        density = float(complete(self.request.method, setting)["density"])
+        if density >= 1:
+            return [None] * len(self.parents)
+        parents = [self.parents[i] for i in self.order]
+        return [trimmed(parent.task_vector(name, base), density, overwrite=True) for parent in parents]
 
     @cached_property
     def scaling(self) -> float:
@@ -125,9 +136,17 @@ class Merge:
         return Factors(merged[0], merged[1], self.scaling)
 
     def _by_method(
-        self, name: str, base: Tensor, tasks: Sequence[Tensor], setting: Setting, statistics: Statistics | None = None
+        self,
+        name: str,
+        base: Tensor,
+        tasks: Sequence[Tensor],
+        setting: Setting,
+        statistics: Statistics | None = None,
+        keeps: list[Tensor | None] | None = None,
     ) -> Tensor:
         method, parameters = self.request.spec, complete(self.request.method, setting)
+        if keeps is not None:
+            parameters["keeps"] = keeps
         if "task" in parameters:  # counted in the request's order
             parameters["task"] = self.order.index(parameters["task"])
         if method.random:
@@ -150,11 +169,10 @@ class Merge:
         return next(parent for parent in self.parents if isinstance(parent, AdapterParent) and name in parent.touched)
 
 
-def entrywise(method: str, setting: Setting) -> bool:
-    """An entry of the result depends on that entry of base and parents alone, so a tensor can be merged in parts."""
-    if method == "task_arithmetic":
-        return bool(complete(method, setting)["density"] >= 1)
-    return method in ("linear", "magmax", "tall", "consensus")
+def entrywise(method: str) -> bool:
+    """An entry of the result depends on that entry of base and parents alone, and on what was kept of it before, so a
+    tensor can be merged in parts."""
+    return METHODS[method].trims or method in ("linear", "magmax", "tall", "consensus")
 
 
 def prepare(request: MergeRequest) -> Merge:

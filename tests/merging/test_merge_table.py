@@ -30,6 +30,7 @@ def test_the_table_says_what_the_function_takes(name):
     }
     supplied = {"seeds"} if method.random else set()
     supplied |= {f"{method.statistics}s"} if method.statistics else set()
+    supplied |= {"keeps"} if method.trims else set()
     assert keywords.keys() == method.parameters.keys() | supplied
     for key, parameter in method.parameters.items():
         assert parameter.default == keywords[key]

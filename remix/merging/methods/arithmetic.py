@@ -40,15 +40,23 @@ def linear(base: Tensor, tasks: Sequence[Tensor], weights: Sequence[float], *, n
     return applied(base, weighted_sum(base, tasks, normalised(weights) if normalize else weights))
 
 
-def task_arithmetic(base: Tensor, tasks: Sequence[Tensor], weights: Sequence[float], *, density: float = 1.0) -> Tensor:
+def task_arithmetic(
+    base: Tensor,
+    tasks: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    density: float = 1.0,
+    keeps: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     """θ_0 + Σ w_i·τ_i. Task arithmetic (arXiv 2212.04089).
 
-    `density` < 1 first trims each τ_i as TIES does, which the paper does not: PEFT's `magnitude_prune`.
+    `density` < 1 first trims each τ_i as TIES does, which the paper does not: PEFT's `magnitude_prune`. `keeps`: see
+    `ties`.
     """
     require_parents(base, tasks, weights)
     if density >= 1:
         return applied(base, weighted_sum(base, tasks, weights))
-    return entrywise(base, tasks, weights, _sum, [trimmed(task, density) for task in tasks])
+    return entrywise(base, tasks, weights, _sum, keeps or [trimmed(task, density) for task in tasks])
 
 
 def ties(
@@ -61,16 +69,18 @@ def ties(
     elect_weighted: bool = False,
     mean: Mean = "count",
     scale: float = 1.0,
+    keeps: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """θ_0 + λ·mean{ w_i·τ̂_i : sgn τ̂_i = γ } entry by entry,  τ̂_i = trim(τ_i),  γ = sgn Σ τ̂_i (+ where that is 0).
 
     TIES (arXiv 2306.01708): trim to the `density` largest, elect a sign, average what agrees with it. The paper has
     one λ for all: equal weights, or `scale`. The defaults are the paper's and PEFT's: tasks vote before they are
     weighted, and the mean divides by how many agree. mergekit's are `elect_weighted` and `mean` "weight", which
-    divides by the weight of those that agree. With `elect` "frequency" each task has one vote.
+    divides by the weight of those that agree. With `elect` "frequency" each task has one vote. `keeps`: of part of a
+    tensor, what trimming the whole has kept of it.
     """
     require_parents(base, tasks, weights)
-    keeps = [trimmed(task, density) for task in tasks]
+    keeps = keeps or [trimmed(task, density) for task in tasks]
     return entrywise(base, tasks, weights, partial(disjoint_mean, elect, elect_weighted, mean, scale), keeps)
 
 
@@ -157,9 +167,11 @@ def magmax(base: Tensor, tasks: Sequence[Tensor], weights: Sequence[float]) -> T
     return entrywise(base, tasks, weights, _largest_magnitude)
 
 
-def trimmed(task: Tensor, density: float) -> Tensor | None:
+def trimmed(task: Tensor, density: float, *, overwrite: bool = False) -> Tensor | None:
     """Where the ⌊density·n⌋ entries of largest magnitude are, at least one; None: everywhere. TIES, step 1."""
-    return None if density >= 1 else largest(task.abs(), kept_count(density, task.numel()))
+    if density >= 1:
+        return None
+    return largest(task.abs_() if overwrite else task.abs(), kept_count(density, task.numel()))
 
 
 def dropped(tasks: Sequence[Tensor], density: float, seeds: Sequence[int]) -> list[Tensor | None]:

@@ -49,6 +49,9 @@ class Method:
     """The order of the task vectors matters."""
     random: bool = False
     """It draws: `seeds`, one per task vector, see `task_seed`."""
+    trims: bool = False
+    """It first trims each whole task vector to its `density`, and else looks at each entry by itself: of part of a
+    tensor it takes `keeps`, what that has kept."""
     statistics: Literal["fisher", "gram"] | None = None
     """What it needs of each parent beside its weights."""
     weights: Literal["factors", "shares"] = "factors"
@@ -116,12 +119,14 @@ METHODS: dict[str, Method] = {
         "Editing Models with Task Arithmetic, arXiv 2212.04089",
         "weighted sum of task vectors",
         {"density": _number(1.0, _TRIM, 0, 1)},
+        trims=True,
     ),
     "ties": Method(
         ties,
         "TIES-Merging: Resolving Interference When Merging Models, arXiv 2306.01708",
         "trim, elect a sign, average what agrees",
         {"density": _number(0.2, _TRIM, 0, 1), **_VOTE},
+        trims=True,
     ),
     "dare_linear": Method(
         dare_linear,

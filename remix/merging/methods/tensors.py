@@ -151,7 +151,8 @@ def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
         at_least = counts.flip(0).cumsum(0).flip(0)
         digit = int((at_least >= k).nonzero()[-1])
         k -= int(at_least[digit + 1])
-        bits, found = bits[(bits >> shift) & 0xFFFF == digit], found << 16 | digit
+        bits = torch.cat([bits[part][(bits[part] >> shift) & 0xFFFF == digit] for part in slices(bits.numel())])
+        found = found << 16 | digit
     return torch.tensor(found, dtype=bits.dtype, device=bits.device).view(magnitude.dtype)
 
 
