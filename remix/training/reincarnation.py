@@ -30,8 +30,7 @@ def reincarnate(recipe: Recipe, policy: Policy, updater: Updater, replay: Replay
     if config.empty_replay:
         replay.clear()
     if config.reset_critic and policy.module.value_head is not None:
-        torch.nn.init.zeros_(policy.module.value_head.weight)
-        torch.nn.init.zeros_(policy.module.value_head.bias)
+        policy.reset_value_head()
     if config.reset_optimizer or config.lora == "merge":
         updater.reset_optimizer()
     state.phase.advance(state.step, state.rollouts, restart_lambda=config.restart_lambda)
@@ -41,7 +40,8 @@ def _merge(recipe: Recipe, policy: Policy) -> None:
     """Folds the adapter in, and proves by log-prob equality that the policy stayed the same."""
     probe = _probe(policy)
     before = policy.score([probe], tokens_per_microbatch=recipe.batch.tokens_per_microbatch)[0].logprobs
-    merge_adapter(policy.module.lm)
+    with policy.changing_lm() as lm:
+        merge_adapter(lm)
     after = policy.score([probe], tokens_per_microbatch=recipe.batch.tokens_per_microbatch)[0].logprobs
     worst = (after - before).abs().max().item()
     if not worst <= MERGE_TOLERANCE[recipe.model.dtype]:
