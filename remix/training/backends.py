@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -86,8 +87,6 @@ def check_launch(backend: Backend, environment: Mapping[str, str]) -> None:
     nvme = [n for n in ("OPTIMIZER", "PARAM") if environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{n}_DEVICE") == "nvme"]
     if backend.is_zero and nvme:
         raise ValueError(f"deepspeed_config.offload_{nvme[0].lower()}_device nvme is not supported: set it to cpu or none")
-    if backend is Backend.ZERO3 and _is_on(environment, "ACCELERATE_DEEPSPEED_ZERO3_INIT"):
-        raise ValueError("deepspeed_config.zero3_init_flag: set it to false; each process loads the model itself")
 
 
 def prepare_zero(plugin: Any, backend: Backend) -> None:
@@ -95,6 +94,9 @@ def prepare_zero(plugin: Any, backend: Backend) -> None:
     bin_folder = str(Path(sys.executable).parent)
     if shutil.which("ninja") is None and Path(bin_folder, "ninja").exists():
         os.environ["PATH"] = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
+    # transformers looks at it, and would load models and generate in ZeRO-3's way, each step together with all ranks.
+    plugin.dschf = None
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     config = plugin.deepspeed_config
     config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
     if backend is Backend.ZERO3:
