@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from remix.models.adapters import engine_weights
 from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
+from remix.models.adapters import engine_weights
 from remix.models.parts import Hollow, part, part_of, put, settle, shape_of, standing_in, whole
 from remix.models.vision import Vision
 from remix.types import Batch, Rollout

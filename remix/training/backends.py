@@ -43,7 +43,9 @@ def asked_for(environment: Mapping[str, str]) -> Backend:
         raise ValueError("launched under MEGATRON_LM, which is not supported: choose a file of recipes/accelerate/")
     if _is_on(environment, "ACCELERATE_USE_FSDP"):
         if environment.get("FSDP_VERSION") != "2":
-            raise ValueError("launched under FSDP 1: set fsdp_config.fsdp_version to 2, see recipes/accelerate/fsdp2.yaml")
+            raise ValueError(
+                "launched under FSDP 1: set fsdp_config.fsdp_version to 2, see recipes/accelerate/fsdp2.yaml"
+            )
         return Backend.FSDP2
     if not _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         return Backend.DDP
@@ -86,7 +88,9 @@ def check_launch(backend: Backend, environment: Mapping[str, str]) -> None:
         )
     nvme = [n for n in ("OPTIMIZER", "PARAM") if environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{n}_DEVICE") == "nvme"]
     if backend.is_zero and nvme:
-        raise ValueError(f"deepspeed_config.offload_{nvme[0].lower()}_device nvme is not supported: set it to cpu or none")
+        raise ValueError(
+            f"deepspeed_config.offload_{nvme[0].lower()}_device nvme is not supported: set it to cpu or none"
+        )
 
 
 def prepare_zero(plugin: Any, backend: Backend) -> None:

@@ -136,9 +136,7 @@ class Trainer:
         with self.cluster.waiting("the checkpoint"):
             tensors = whole_tensors(self.state, self.policy, self.updater, keep=self.cluster.is_main)
         if self.cluster.is_main:
-            whole = to_checkpoint(
-                self.state, tensors, self.updater, self.replay, self.recipe, self.identity, rng
-            )
+            whole = to_checkpoint(self.state, tensors, self.updater, self.replay, self.recipe, self.identity, rng)
             keep, best = self.recipe.checkpoint.keep, self.state.best_step
             checkpoint.save(self.run_dir, self.state.step, whole, keep=keep, best_step=best)
         self.cluster.barrier("the checkpoint")

@@ -68,9 +68,7 @@ class TrainState:
         return cls(**{**plain, "phase": PhaseState(**plain["phase"])})
 
 
-def whole_tensors(
-    state: TrainState, policy: Policy, updater: Updater, *, keep: bool
-) -> dict[str, dict[str, Tensor]]:
+def whole_tensors(state: TrainState, policy: Policy, updater: Updater, *, keep: bool) -> dict[str, dict[str, Tensor]]:
     """By section, what processes may have shared out among them; all ranks. Only who keeps it has it in the end, and
     holds no more than one tensor else."""
     # What was the policy as this step began is the precedent of the next.
