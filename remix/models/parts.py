@@ -48,9 +48,14 @@ def whole(parameter: Tensor, of: Tensor | None = None) -> Tensor:
     """The parameter as it is, or as it was when its parts were `of`. All ranks."""
     held = part(parameter) if of is None else of
     if isinstance(parameter, DTensor):
-        sizes = {"shape": parameter.shape, "stride": parameter.stride()}
-        local = held.to(parameter.device)
-        return DTensor.from_local(local, parameter.device_mesh, parameter.placements, **sizes).full_tensor()
+        shared = DTensor.from_local(
+            held.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return shared.full_tensor()
     if not hasattr(parameter, "ds_tensor"):
         return held
     flat = held.to(parameter.device).contiguous()

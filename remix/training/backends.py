@@ -77,14 +77,14 @@ def check_launch(backend: Backend, environment: Mapping[str, str]) -> None:
     never = {
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "fsdp_cpu_ram_efficient_loading: each process loads the model itself",
         "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params: recipes/accelerate/zero3_offload.yaml offloads",
-        "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: the recipe's model.gradient_checkpointing does it",
+        "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: the recipe has model.gradient_checkpointing",
     }
     for name, said in never.items() if backend is Backend.FSDP2 else ():
         if _is_on(environment, name):
             raise ValueError(f"fsdp_config.{said}; set it to false")
     if backend is Backend.FSDP2 and environment.get("FSDP_AUTO_WRAP_POLICY") != "TRANSFORMER_BASED_WRAP":
         raise ValueError(
-            "fsdp_config.fsdp_auto_wrap_policy: set it to TRANSFORMER_BASED_WRAP, or the whole model is gathered at once"
+            "fsdp_config.fsdp_auto_wrap_policy: set it to TRANSFORMER_BASED_WRAP, so that blocks are gathered one by one"
         )
     nvme = [n for n in ("OPTIMIZER", "PARAM") if environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{n}_DEVICE") == "nvme"]
     if backend.is_zero and nvme:
@@ -134,8 +134,8 @@ def _problems(recipe: Recipe, backend: Backend) -> Iterator[str]:
         )
     if getattr(recipe.rollout.engine, "own_process", False):
         yield (
-            f"rollout.engine.own_process: an engine that is started again asks one process for weights, of which {name} "
-            f"gives none the whole; set it to false, or choose another backend: {whole}"
+            f"rollout.engine.own_process: an engine that is started again asks one process for weights, which {name} "
+            f"gives to none whole; set it to false, or choose another backend: {whole}"
         )
     if recipe.adapter.type not in ("none", "lora"):
         yield f"adapter.type {recipe.adapter.type}: {name} shares out full weights and lora alone; {whole}"

@@ -94,15 +94,18 @@ class Cluster:
 
     def _check_what_came(self) -> None:
         """accelerate falls back to other backends without a word."""
-        kinds = {Backend.DDP: (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)}
-        zero = (DistributedType.DEEPSPEED,)
-        kinds |= {Backend.FSDP2: (DistributedType.FSDP,), Backend.ZERO2: zero, Backend.ZERO3: zero}
+        kinds: dict[Backend, set[Any]] = {
+            Backend.DDP: {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU},
+            Backend.FSDP2: {DistributedType.FSDP},
+            Backend.ZERO2: {DistributedType.DEEPSPEED},
+            Backend.ZERO3: {DistributedType.DEEPSPEED},
+        }
         came, asked = self.accelerator.distributed_type, int(os.environ.get("WORLD_SIZE", "1"))
         if came not in kinds[self.backend] or asked != self.world_size:
             raise ValueError(
                 f"launched as {self.backend.value} with {asked} processes, but accelerate made of it {came.value} with "
-                f"{self.world_size}: check `distributed_type` and `use_cpu` in the accelerate configuration, or take one "
-                "of recipes/accelerate/"
+                f"{self.world_size}: check `distributed_type` and `use_cpu` in the accelerate configuration, or take "
+                "a file of recipes/accelerate/"
             )
 
     @property
@@ -194,8 +197,8 @@ class Cluster:
             self.accelerator.backward(loss)
 
     def accumulate(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients in the last micro-batch of an optimiser step alone; under FSDP2 and ZeRO in each, since
-        none of them has room for the gradients of whole parameters."""
+        """Ranks exchange gradients in the last micro-batch of an optimiser step alone; under FSDP2 and ZeRO in each,
+        since none of them has room for the gradients of whole parameters."""
         if self.backend.is_zero:
             module.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
         if last or self.backend.in_step:

@@ -96,8 +96,8 @@ def to_checkpoint(
     identity: Mapping[str, str],
     rng: Sequence[Mapping[str, Tensor]],
 ) -> Checkpoint:
-    """`tensors`: as `whole_tensors` gives them; `identity`: of what the run was begun with; `rng`: the random generators
-    of every rank."""
+    """`tensors`: as `whole_tensors` gives them; `identity`: of what the run was begun with; `rng`: the random
+    generators of every rank."""
     tensors["rng"] = {f"{rank}.{name}": value for rank, states in enumerate(rng) for name, value in states.items()}
     shards = [shard_path(Path(recipe.run_dir), version) for version in replay.versions]
     plain = {

@@ -79,13 +79,13 @@ class Piece(NamedTuple):
     """Where in it the piece begins."""
     start: int
     """Where in the flattened parameter it begins."""
-    count: int
+    size: int
 
     def within(self, flat: Tensor) -> Tensor:
-        return flat[self.offset : self.offset + self.count]
+        return flat[self.offset : self.offset + self.size]
 
     def of(self, whole: Tensor) -> Tensor:
-        return whole.flatten()[self.start : self.start + self.count]
+        return whole.flatten()[self.start : self.start + self.size]
 
 
 class ZeroStepper(Stepper):
