@@ -84,7 +84,7 @@ def check_launch(backend: Backend, environment: Mapping[str, str]) -> None:
             raise ValueError(f"fsdp_config.{said}; set it to false")
     if backend is Backend.FSDP2 and environment.get("FSDP_AUTO_WRAP_POLICY") != "TRANSFORMER_BASED_WRAP":
         raise ValueError(
-            "fsdp_config.fsdp_auto_wrap_policy: set it to TRANSFORMER_BASED_WRAP, so that blocks are gathered one by one"
+            "fsdp_config.fsdp_auto_wrap_policy: set it to TRANSFORMER_BASED_WRAP, so that blocks are gathered singly"
         )
     nvme = [n for n in ("OPTIMIZER", "PARAM") if environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{n}_DEVICE") == "nvme"]
     if backend.is_zero and nvme:

@@ -98,8 +98,8 @@ class Updater:
         """
         denominator = self.objective.denominator(minibatch)
         share = self.cluster.share(minibatch)
-        # A rank without samples, or with fewer micro-batches where all have to make as many, goes through the motions at
-        # weight 0, or the others would wait for its gradients.
+        # A rank without samples, or with fewer micro-batches where all have to make as many, goes through the motions
+        # at weight 0, or the others would wait for its gradients.
         own = bool(share)
         share = share or minibatch[:1]
         groups = list(
