@@ -87,8 +87,9 @@ def overrides(recipe: str, adapter: str) -> list[str]:
     ]
 
 
-def launch(backend: str, arguments: Sequence[str], log: Path) -> None:
-    """`accelerate launch` of a file of recipes/accelerate/, with two processes unless it is `cpu`."""
+def launch(backend: str, arguments: Sequence[str], log: Path, *, module: Sequence[str] = ("remix.train",)) -> None:
+    """`accelerate launch` of a file of recipes/accelerate/, with two processes unless it is `cpu`. `module`: what is
+    run, with arguments that come before these."""
     config = ROOT / "recipes" / "accelerate" / f"{backend}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     commands = [[*command, "--num_processes", "1" if backend == "cpu" else "2"]]
@@ -100,9 +101,7 @@ def launch(backend: str, arguments: Sequence[str], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         processes = [
-            subprocess.Popen(
-                [*of, "-m", "remix.train", *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output
-            )
+            subprocess.Popen([*of, "-m", *module, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output)
             for of in commands
         ]
         try:
@@ -140,7 +139,8 @@ def prove(case: Case, folder: Path) -> Iterator[str]:
 
 def cut(whole: Path, half: Path) -> None:
     """A copy of a run as it was after HALF steps."""
-    shutil.copytree(whole, half, ignore=shutil.ignore_patterns("final", "result.json", f"step={STEPS:06d}", "latest", "best"))
+    later = ("final", "result.json", f"step={STEPS:06d}", "latest", "best")
+    shutil.copytree(whole, half, ignore=shutil.ignore_patterns(*later))
 
 
 def differences(one: Path, other: Path) -> Iterator[str]:
