@@ -123,13 +123,15 @@ class ZeroStepper(Stepper):
 
     def skip(self) -> None:
         # What DeepSpeed itself does of a gradient that is not finite, is what is wanted.
-        for index in range(len(self._flats)):
-            for gradient in self._gradients(index):
-                gradient.fill_(torch.nan)
+        gradients = [gradient for index in range(len(self._flats)) for gradient in self._gradients(index)]
+        for gradient in gradients:
+            gradient.fill_(torch.nan)
         for key in getattr(self._zero, "norm_for_param_grads", {}):
             self._zero.norm_for_param_grads[key] = torch.tensor(torch.inf)
         self._engine.step()
         assert self._zero.overflow, "DeepSpeed took a step that is not finite"
+        for gradient in gradients:  # what fills up the last rank's pieces is never written to again
+            gradient.zero_()
 
     def forget(self) -> None:
         for state in self._states.values():
