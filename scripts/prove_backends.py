@@ -75,9 +75,9 @@ def overrides(recipe: str, adapter: str) -> list[str]:
     return [
         f"batch={{prompts: {56 // group}, minibatches: 2, tokens_per_microbatch: 400}}",
         f"adapter.type={adapter}",
-        "optimizer.lr=1e-3",
+        "optimizer.lr=2e-4",
         "optimizer.eps=1e-3",
-        "kl.weight=0.05",
+        "kl.weight=0.01",
         "eval.every=0",
         "eval.prompts=8",
         f"checkpoint.every={HALF}",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from remix.models import files
 from remix.models.adapter_files import VIRTUAL
 from remix.models.layers import trained_layers
 from remix.models.naming import as_saved
-from remix.models.parts import shape_of
+from remix.models.parts import Holding, at_hand, shape_of
 
 ADAPTER = "policy_adapter"
 """PEFT matches adapter names against parts of parameter paths when it saves, so the name must be unmistakable."""
@@ -199,22 +198,14 @@ def merge_adapter(lm: Any) -> None:
             layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
 
-Holding = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
-"""Modules whose weights are at hand meanwhile, where they are gathered as they are needed."""
-
-
-def _at_hand(_: Sequence[nn.Module]) -> AbstractContextManager[Any]:
-    return nullcontext()
-
-
-def engine_weights(lm: Any, engine: Any, holding: Holding = _at_hand) -> Iterator[tuple[str, Tensor]]:
+def engine_weights(lm: Any, engine: Any, holding: Holding = at_hand) -> Iterator[tuple[str, Tensor]]:
     """What an engine is handed when the policy has changed: the adapter alone, or a checkpoint's weights."""
     if isinstance(engine, VLLMEngineConfig) and engine.lora == "hot_swap":
         return adapter_weights(lm, holding)
     return checkpoint_weights(lm, holding)
 
 
-def adapter_weights(lm: Any, holding: Holding = _at_hand) -> Iterator[tuple[str, Tensor]]:
+def adapter_weights(lm: Any, holding: Holding = at_hand) -> Iterator[tuple[str, Tensor]]:
     """The weights of a LoRA under the names that they have in PEFT's files."""
     for name, parameter in lm.named_parameters():
         if f".{ADAPTER}." in name:
@@ -231,7 +222,7 @@ def adapter_config(lm: Any) -> dict[str, Any]:
     return {**plain, "target_modules": targets if isinstance(targets, str) else sorted(targets)}
 
 
-def checkpoint_weights(lm: Any, holding: Holding = _at_hand) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_weights(lm: Any, holding: Holding = at_hand) -> Iterator[tuple[str, Tensor]]:
     """The policy's weights under the names of its base model's checkpoint, the adapter merged in.
 
     Lazily, one layer at a time; the model in training is left as it was, bit for bit.
@@ -239,7 +230,7 @@ def checkpoint_weights(lm: Any, holding: Holding = _at_hand) -> Iterator[tuple[s
     yield from as_saved(lm.get_base_model() if hasattr(lm, "get_base_model") else lm, _module_weights(lm, holding))
 
 
-def _module_weights(lm: Any, holding: Holding = _at_hand) -> Iterator[tuple[str, Tensor]]:
+def _module_weights(lm: Any, holding: Holding = at_hand) -> Iterator[tuple[str, Tensor]]:
     """The same under the names of the base model's modules."""
 
     def own(name: str) -> Tensor:

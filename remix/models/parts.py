@@ -8,8 +8,8 @@ a parameter is a DTensor, under ZeRO-3 an empty tensor with a flat piece of it b
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,6 +113,15 @@ def standing_in(module: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None
                     getattr(parameter, "ds_tensor", parameter).data = before
 
 
+Holding = Callable[[Sequence[nn.Module]], AbstractContextManager[Any]]
+"""Modules whose weights are whole meanwhile, as `Hollow.filled` makes them."""
+
+
+def at_hand(_: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+    """Where they are whole all the time."""
+    return nullcontext()
+
+
 class Hollow:
     """A copy of a module without weights of its own, to be filled for what needs them whole: sampling, merging, saving.
 
@@ -130,14 +139,14 @@ class Hollow:
         self.copy: Any = copy.deepcopy(module, memo)
 
     @contextmanager
-    def filled(self, parts: Iterable[nn.Module] = (), device: torch.device | None = None) -> Iterator[Any]:
+    def filled(self, parts: Sequence[nn.Module] = (), device: torch.device | None = None) -> Iterator[Any]:
         """The copy with whole weights, or these modules of it alone. All ranks. `device`: where, if not where they are.
 
         What is written to it in between is lost; see `put_back`.
         """
         settle(self.module)
         own = dict(self.module.named_parameters())
-        chosen = {parameter for of in tuple(parts) or (self.copy,) for parameter in of.parameters()}
+        chosen = {parameter for of in (parts or (self.copy,)) for parameter in of.parameters()}
         try:
             for parameter, name in self._names.items():
                 if parameter in chosen:

@@ -61,14 +61,7 @@ def open_trainer(
     run_dir = Path(recipe.run_dir)
     cluster.check_alike("the recipe", dump_recipe(recipe))
     checkpoint.seed_generators(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
-    # Shared out, a model is brought to the devices piece by piece, which need not have room for the whole.
-    shares_out = cluster.backend.shares_out
-    policy, train, held_out = _load(recipe, torch.device("cpu") if shares_out else cluster.device, progress)
-    if shares_out and policy.vision is not None:
-        raise ValueError(
-            f"model.path {recipe.model.path}: {cluster.backend.value} does not share out a vision-language model; "
-            "choose another backend (recipes/accelerate/zero2.yaml, multi_node.yaml)"
-        )
+    policy, train, held_out = _load(recipe, cluster, progress)
     identity = run_identity(policy, train) | _global_adapter(recipe)
     policy.device = cluster.device
     updater = Updater(recipe, policy, Objective(recipe), cluster)
@@ -122,8 +115,17 @@ def open_trainer(
         )
 
 
-def _load(recipe: Recipe, device: torch.device, progress: Progress) -> tuple[Policy, list[TaskSet], list[TaskSet]]:
-    """The policy as the run begins, its training prompts, encoded, and the held-out ones as they are."""
+def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy, list[TaskSet], list[TaskSet]]:
+    """The policy as the run begins, its training prompts, encoded, and the held-out ones as they are.
+
+    Where parameters are shared out, they are in main memory still: a device need not have room for them all.
+    """
+    device = torch.device("cpu") if cluster.backend.shares_out else cluster.device
+    if cluster.backend.shares_out and sees_images(recipe.model):
+        raise ValueError(
+            f"model.path {recipe.model.path}: {cluster.backend.value} does not share out a vision-language model; "
+            "choose another backend (recipes/accelerate/zero2.yaml, multi_node.yaml)"
+        )
     train = load_tasks(recipe.tasks, "train")
     asked = () if recipe.eval.benchmarks else recipe.eval.tasks or recipe.tasks
     held_out = load_tasks(asked, "test") if asked else []
