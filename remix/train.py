@@ -100,6 +100,7 @@ def run(
     Interrupted after a signal, if an `interruption` listens for one.
     """
     from remix.models.loading import quiet
+    from remix.training.backends import check_recipe
     from remix.training.distributed import Cluster
     from remix.training.interruption import Interruption
     from remix.training.stages import make_plans
@@ -109,6 +110,7 @@ def run(
     _check_run_dir(Path(recipe.run_dir), resume=resume)
     quiet()
     with Cluster(recipe.log.trackers, Path(recipe.run_dir), rank_timeout=recipe.faults.rank_timeout) as cluster:
+        check_recipe(recipe, cluster.backend)
         interruption.gone = cluster.gone
         learn = _one_task if recipe.continual is None else _one_after_the_other
         return learn(

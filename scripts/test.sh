@@ -3,7 +3,7 @@
 # Arguments go to pytest:  bash scripts/test.sh tests/algorithms -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh dev vllm
+bash scripts/setup.sh dev vllm deepspeed
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .

@@ -117,6 +117,11 @@ class ActorCritic(nn.Module):
         return AnchorStates(hidden_NH, self._head())
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the blocks that FSDP gathers one after the other."""
+        return sorted(self._base()._no_split_modules or ())
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a response; a model may have several."""
         eos = self.lm.generation_config.eos_token_id

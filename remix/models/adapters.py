@@ -30,6 +30,7 @@ from remix.models import files
 from remix.models.adapter_files import VIRTUAL
 from remix.models.layers import trained_layers
 from remix.models.naming import as_saved
+from remix.models.parts import Holding, at_hand, shape_of
 
 ADAPTER = "policy_adapter"
 """PEFT matches adapter names against parts of parameter paths when it saves, so the name must be unmistakable."""
@@ -180,7 +181,7 @@ class TrainedShare:
 
 
 def trained_share(lm: nn.Module) -> TrainedShare:
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in lm.parameters()]
+    sizes = [(shape_of(parameter).numel(), parameter.requires_grad) for parameter in lm.parameters()]
     return TrainedShare(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
@@ -198,18 +199,20 @@ def merge_adapter(lm: Any) -> None:
             layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
 
-def engine_weights(lm: Any, engine: Any) -> Iterator[tuple[str, Tensor]]:
+def engine_weights(lm: Any, engine: Any, holding: Holding = at_hand) -> Iterator[tuple[str, Tensor]]:
     """What an engine is handed when the policy has changed: the adapter alone, or a checkpoint's weights."""
     if isinstance(engine, VLLMEngineConfig) and engine.lora == "hot_swap":
-        return adapter_weights(lm)
-    return checkpoint_weights(lm)
+        return adapter_weights(lm, holding)
+    return checkpoint_weights(lm, holding)
 
 
-def adapter_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
+def adapter_weights(lm: Any, holding: Holding = at_hand) -> Iterator[tuple[str, Tensor]]:
     """The weights of a LoRA under the names that they have in PEFT's files."""
     for name, parameter in lm.named_parameters():
         if f".{ADAPTER}." in name:
-            yield name.replace(f".{ADAPTER}.", "."), parameter.detach()
+            with holding([lm.get_submodule(name.rpartition(".")[0])]):
+                tensor = parameter.detach()
+            yield name.replace(f".{ADAPTER}.", "."), tensor
 
 
 def adapter_config(lm: Any) -> dict[str, Any]:
@@ -220,31 +223,42 @@ def adapter_config(lm: Any) -> dict[str, Any]:
     return {**plain, "target_modules": targets if isinstance(targets, str) else sorted(targets)}
 
 
-def checkpoint_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_weights(lm: Any, holding: Holding = at_hand) -> Iterator[tuple[str, Tensor]]:
     """The policy's weights under the names of its base model's checkpoint, the adapter merged in.
 
     Lazily, one layer at a time; the model in training is left as it was, bit for bit.
     """
-    yield from as_saved(lm.get_base_model() if hasattr(lm, "get_base_model") else lm, _module_weights(lm))
+    yield from as_saved(lm.get_base_model() if hasattr(lm, "get_base_model") else lm, _module_weights(lm, holding))
 
 
-def _module_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
+def _module_weights(lm: Any, holding: Holding = at_hand) -> Iterator[tuple[str, Tensor]]:
     """The same under the names of the base model's modules."""
+
+    def own(name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        with holding([lm.get_submodule(owner)]):
+            tensor: Tensor = getattr(lm.get_submodule(owner), leaf).detach()
+        return tensor
+
     if not hasattr(lm, "get_base_model"):
-        yield from ((name, tensor.detach()) for name, tensor in lm.state_dict().items())
+        yield from ((name, own(name)) for name in lm.state_dict())
         return
     assert not has_virtual_tokens(lm), "virtual tokens are no part of any weight"
     adapted = set(_adapter_layers(lm))
     layers = {name: layer for name, layer in lm.named_modules() if layer in adapted}
     current, merged = "", dict[str, Tensor]()
-    for name, tensor in lm.state_dict().items():
+    for name in lm.state_dict():
         if f".{ADAPTER}." in f"{name}." or ".lora_" in name:
             continue
         layer, _, leaf = name.rpartition(".base_layer.")
         if layer in layers and layer != current:
-            current, merged = layer, _merged(layers[layer])
+            with holding([layers[layer]]):
+                current, merged = layer, _merged(layers[layer])
         public = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        yield public, merged[leaf].to(tensor.dtype) if layer in layers else tensor.detach()
+        if layer in layers:
+            yield public, merged[leaf].to(getattr(layers[layer].get_base_layer(), leaf).dtype)
+        else:
+            yield public, own(name)
 
 
 def _merged(layer: Any) -> dict[str, Tensor]:

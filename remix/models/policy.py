@@ -2,26 +2,41 @@
 
 An anchor is a snapshot of the trained parameters: all of them under full fine-tuning, the adapter's alone under an
 adapter. The first one is the policy as the run begins: the base model under a fresh LoRA (B = 0), (IA)³ or `layers`,
-not so under virtual tokens, nor where the run goes on from a saved adapter. Log-probs under an anchor are one
-functional call of the one module, so no second model is ever built, whatever kind of adapter is in use.
+not so under virtual tokens, nor where the run goes on from a saved adapter. For a forward under an anchor the snapshot
+stands in for the parameters of the one module, so no second model is ever built, whatever kind of adapter is in use.
+
+Where processes share out parameters, each one's snapshot holds its own parts; `models.parts` knows which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 
+from remix.algorithms import Head
 from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
+from remix.models.adapters import engine_weights
 from remix.models.packing import Packed, families, pack, packed_microbatches
+from remix.models.parts import Hollow, part, part_of, put, settle, shape_of, standing_in, whole
 from remix.models.vision import Vision
 from remix.types import Batch, Rollout
 
 Snapshot = dict[str, Tensor]
-"""Trained policy parameters by their name in ActorCritic, detached, never written to."""
+"""This rank's parts of the trained policy parameters by their name in ActorCritic, detached, never written to."""
+
+
+class Ranks(Protocol):
+    """The other processes, where a forward needs them all."""
+
+    def most(self, count: int, stage: str) -> int:
+        """How many forwards each makes where this one has `count` to make."""
+
+    def waiting(self, stage: str) -> AbstractContextManager[None]:
+        """What needs the other ranks."""
 
 
 class TokenScores(NamedTuple):
@@ -55,8 +70,16 @@ class Policy:
         self.reference: Snapshot | None = None
         self.precedent: Snapshot | None = None
         self._at_step_start: Snapshot | None = None
+        self._ranks: Ranks | None = None
+        self._hollow: Hollow | None = None
+        self._written: Callable[[], None] = lambda: None
         self.packs = False
         """Whether sequences are packed in one row; see `remix.models.packing`."""
+
+    def share_out(self, ranks: Ranks, hollow: Hollow | None, written: Callable[[], None]) -> None:
+        """The module now belongs to a backend. `hollow`: a copy of the language model, where its parameters are shared
+        out; `written`: told whenever weights were written to."""
+        self._ranks, self._hollow, self._written = ranks, hollow, written
 
     @property
     def reader(self) -> Any:
@@ -68,10 +91,29 @@ class Policy:
     def snapshot(self) -> Snapshot:
         """A copy of the trained policy parameters in main memory."""
         return {
-            name: parameter.detach().to("cpu", copy=True)
-            for name, parameter in self.module.named_parameters()
+            name: part(parameter).detach().to("cpu", copy=True)
+            for name, parameter in self._own().items()
             if parameter.requires_grad and name.startswith("lm.")
         }
+
+    def whole_snapshot(self, snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+        """Its parameters whole, one after the other. All ranks."""
+        own = self._own()
+        return ((name, whole(own[name], held)) for name, held in snapshot.items())
+
+    def own_snapshot(self, tensors: Mapping[str, Tensor]) -> Snapshot:
+        """A snapshot of whole parameters."""
+        own = self._own()
+        return {name: part_of(own[name], tensor).to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    @contextmanager
+    def acting_as(self, anchor: Snapshot | None) -> Iterator[None]:
+        """The policy is meanwhile what it was when the snapshot was taken; None: what it is."""
+        if anchor is None:
+            yield
+        else:
+            with standing_in(self.module, anchor):
+                yield
 
     def begin_step(self, *, keep_precedent: bool) -> None:
         """Shifts the precedent: what was the policy as the last step began is now π_{k-1}."""
@@ -90,35 +132,83 @@ class Policy:
 
     def load(self, snapshot: Snapshot) -> None:
         """The policy becomes what it was when the snapshot was taken."""
-        own = dict(self.module.named_parameters())
+        own = self._own()
         with torch.no_grad():
             for name, tensor in snapshot.items():
-                own[name].copy_(tensor)
+                part(own[name]).copy_(tensor)
+        self._written()
 
-    # --- checkpoints ---
+    def reset_value_head(self) -> None:
+        """The critic's value of every state is 0 again."""
+        head = self.module.value_head
+        assert head is not None
+        settle(self.module)
+        with torch.no_grad():
+            for parameter in (head.weight, head.bias):
+                part(parameter).zero_()
+        self._written()
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        settle(self.module)
+        return dict(self.module.named_parameters())
+
+    # --- whole weights ---
+
+    @contextmanager
+    def whole_lm(self, device: torch.device | None = None) -> Iterator[Any]:
+        """The language model with whole weights: itself, or a copy that is filled meanwhile. All ranks."""
+        if self._hollow is None or self._ranks is None:
+            yield self.module.lm
+            return
+        with ExitStack() as stack:
+            with self._ranks.waiting("the gathering of weights"):
+                lm = stack.enter_context(self._hollow.filled(device=device))
+            yield lm
+
+    @property
+    def sampled_lm(self) -> Any:
+        """What samples from the trainer's own weights: to be asked within `whole_lm`."""
+        return self.module.lm if self._hollow is None else self._hollow.copy
+
+    def engine_weights(self, engine: Any) -> Iterator[tuple[str, Tensor]]:
+        """What an engine is handed when the policy has changed, gathered layer by layer. All ranks."""
+        if self._hollow is None:
+            return engine_weights(self.module.lm, engine)
+        return engine_weights(self._hollow.copy, engine, self._hollow.filled)
+
+    @contextmanager
+    def changing_lm(self) -> Iterator[Any]:
+        """The same; what is done to its weights is done to the policy. All ranks."""
+        with self.whole_lm() as lm:
+            yield lm
+            if self._hollow is not None:
+                self._hollow.put_back()
+        self._written()
 
     def weights(self, *, with_base: bool) -> dict[str, Tensor]:
         """All trained parameters, the critic's included; with the frozen ones too where they were changed."""
-        return {
-            name: parameter.detach()
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad or with_base
-        }
+        return dict(self.each_weight(with_base=with_base))
+
+    def each_weight(self, *, with_base: bool) -> Iterator[tuple[str, Tensor]]:
+        """The same, one after the other. All ranks."""
+        for name, parameter in self._own().items():
+            if parameter.requires_grad or with_base:
+                yield name, whole(parameter).detach()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Raises ValueError where names or shapes are not those of this module."""
-        own = dict(self.module.named_parameters())
+        own = self._own()
         trained = {name for name, parameter in own.items() if parameter.requires_grad}
         odd = sorted(trained - weights.keys()) or sorted(weights.keys() - own.keys())
-        odd = odd or [name for name, tensor in weights.items() if tensor.shape != own[name].shape]
+        odd = odd or [name for name, tensor in weights.items() if tensor.shape != shape_of(own[name])]
         if odd:
             raise ValueError(
                 f"the checkpoint does not fit the recipe's model: {odd[0]} and {len(odd) - 1} more are missing, "
                 "unknown or of another shape; resume with the recipe that the run was started with"
             )
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                own[name].copy_(tensor)
+        for name, tensor in weights.items():
+            put(own[name], tensor)
+        self._written()
 
     # --- what the policy says ---
 
@@ -134,20 +224,20 @@ class Policy:
         """Log-probs of each response under the policy or an anchor, and the critic's values, in order."""
         self.module.eval()
         scores: list[TokenScores | None] = [None] * len(rollouts)
-        weights = self._on_device(anchor)
-        for indices in self.microbatches(rollouts, tokens_per_microbatch):
-            chosen = [rollouts[i] for i in indices]
-            inputs = tuple(tensor.to(self.device) for tensor in token_tensors(chosen))
-            arguments = (*inputs, self.temperature, (), with_values, self.multimodal(chosen), self.packed(chosen))
-            output: PolicyOutput = (
-                functional_call(self.module, weights, arguments) if weights else self.module(*arguments)
-            )
-            for row, index in enumerate(indices):
-                start = len(rollouts[index].prompt_ids) - 1
-                span = slice(start, start + len(rollouts[index].response_ids))
-                # Copies, not views: what is kept or sent of one response must not hold its whole micro-batch.
-                values = None if output.values is None else output.values[row, span].to("cpu", copy=True)
-                scores[index] = TokenScores(output.logprobs[row, span].to("cpu", copy=True), values)
+        groups = self._in_step(self.microbatches(rollouts, tokens_per_microbatch))
+        with self.acting_as(anchor):
+            for indices in groups:
+                chosen = [rollouts[i] for i in indices] or [NOBODY]
+                inputs = tuple(tensor.to(self.device) for tensor in token_tensors(chosen))
+                output: PolicyOutput = self._together(
+                    *inputs, self.temperature, (), with_values, self.multimodal(chosen), self.packed(chosen)
+                )
+                for row, index in enumerate(indices):
+                    start = len(rollouts[index].prompt_ids) - 1
+                    span = slice(start, start + len(rollouts[index].response_ids))
+                    # Copies, not views: what is kept or sent of one response must not hold its whole micro-batch.
+                    values = None if output.values is None else output.values[row, span].to("cpu", copy=True)
+                    scores[index] = TokenScores(output.logprobs[row, span].to("cpu", copy=True), values)
         return [score for score in scores if score is not None]
 
     @torch.no_grad()
@@ -156,7 +246,12 @@ class Policy:
         inputs = (batch.input_ids, batch.response_mask, batch.multimodal, batch.packed)
         training = self.module.training
         self.module.eval()  # dropout would make the anchor another policy
-        states: AnchorStates = functional_call(_States(self.module), self._on_device(anchor, "module."), inputs)
+        with self.acting_as(anchor):
+            states = self.module.states(*inputs)
+            # Not the parameter itself, which will be the policy's again; a frozen one stays what it is.
+            weight, bias = states.head
+            head = Head(weight.detach(), None if bias is None else bias.detach())
+            states = AnchorStates(states.hidden, head)
         self.module.train(training)
         return states
 
@@ -180,19 +275,29 @@ class Policy:
         width = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in shown)
         return {name: tensor.to(self.device) for name, tensor in self.vision.inputs(prompts, width).items()}
 
-    def _on_device(self, anchor: Snapshot | None, prefix: str = "") -> Snapshot:
-        return {prefix + name: tensor.to(self.device) for name, tensor in (anchor or {}).items()}
+    def _in_step(self, groups: list[list[int]]) -> list[list[int]]:
+        """As many micro-batches as every rank has to make; those to make up the number are empty."""
+        count = len(groups) if self._ranks is None or self._hollow is None else self._ranks.most(len(groups), _SCORING)
+        return groups + [[] for _ in range(count - len(groups))]
+
+    def _together(self, *arguments: Any) -> Any:
+        if self._ranks is None or self._hollow is None:
+            return self.module(*arguments)
+        with self._ranks.waiting(_SCORING):
+            return self.module(*arguments)
 
 
-class _States(torch.nn.Module):
-    """`ActorCritic.states` as a forward, which is all that functional_call calls."""
-
-    def __init__(self, module: ActorCritic) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Any) -> AnchorStates:
-        return self.module.states(*inputs)
+_SCORING = "the log-probs of the anchors"
+NOBODY = Rollout(
+    prompt_ids=torch.zeros(1, dtype=torch.long),
+    response_ids=torch.zeros(1, dtype=torch.long),
+    sampler_logprobs=torch.zeros(1),
+    policy_version=-1,
+    finish_reason="length",
+    seed=0,
+    text="",
+)
+"""What a rank is asked about that has nothing to ask, where all have to."""
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ from remix.durable import locked, write_text
 from remix.evaluation.exam import Exam
 from remix.merging.continual import Alignment, saved_snapshot
 from remix.models import files
-from remix.models.adapters import adapter_config, engine_weights, trained_share
+from remix.models.adapters import adapter_config, trained_share
 from remix.models.loading import load_actor_critic, load_processor, load_tokenizer, sees_images
 from remix.models.policy import Policy
 from remix.models.vision import Vision, check_vllm
@@ -63,10 +63,11 @@ def open_trainer(
     run_dir = Path(recipe.run_dir)
     cluster.check_alike("the recipe", dump_recipe(recipe))
     checkpoint.seed_generators(recipe.seed)  # a fresh adapter and dropout; all else is named by (seed, step)
-    policy, train, held_out = _load(recipe, cluster.device, progress)
+    policy, train, held_out = _load(recipe, cluster, progress)
+    identity = run_identity(policy, train) | _global_adapter(recipe)
+    policy.device = cluster.device
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
-    identity = run_identity(policy, train) | _global_adapter(recipe)
     alignment = _build_alignment(recipe, policy, updater)  # before a checkpoint makes the policy what it became
 
     with ExitStack() as stack:
@@ -116,8 +117,17 @@ def open_trainer(
         )
 
 
-def _load(recipe: Recipe, device: torch.device, progress: Progress) -> tuple[Policy, list[TaskSet], list[TaskSet]]:
-    """The policy as the run begins, its training prompts, encoded, and the held-out ones as they are."""
+def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy, list[TaskSet], list[TaskSet]]:
+    """The policy as the run begins, its training prompts, encoded, and the held-out ones as they are.
+
+    Where parameters are shared out, they are in main memory still: a device need not have room for them all.
+    """
+    device = torch.device("cpu") if cluster.backend.shares_out else cluster.device
+    if cluster.backend.shares_out and sees_images(recipe.model):
+        raise ValueError(
+            f"model.path {recipe.model.path}: {cluster.backend.value} does not share out a vision-language model; "
+            "choose another backend (recipes/accelerate/zero2.yaml, multi_node.yaml)"
+        )
     train = load_tasks(recipe.tasks, "train")
     asked = () if recipe.eval.benchmarks else recipe.eval.tasks or recipe.tasks
     held_out = load_tasks(asked, "test") if asked else []
@@ -188,7 +198,7 @@ def _hf_engine(policy: Policy, batch_size: int) -> HFEngine:
     from remix.rollout.hf import HFEngine
 
     return HFEngine(
-        policy.module.lm,
+        policy.sampled_lm,
         eos_token_ids=policy.module.eos_token_ids,
         batch_size=batch_size,
         device=policy.device,
@@ -237,7 +247,7 @@ def build_engine(
 
         return EngineProcess(
             recipe.model.path,
-            weights=lambda: engine_weights(policy.module.lm, config),
+            weights=lambda: policy.engine_weights(config),
             message=message,
             device=policy.device,
             timeout=config.timeout,

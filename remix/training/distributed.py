@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -21,6 +22,8 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 
+from remix.training.backends import Backend, asked_for, check_launch, prepare_zero
+from remix.training.stepper import Stepper, ZeroStepper
 from remix.training.watchdog import Watchdog
 
 A = TypeVar("A")
@@ -54,6 +57,13 @@ def balanced(costs: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(part) for part in dealt]
 
 
+def _make_cpus_look_like_gpus(group: InitProcessGroupKwargs) -> None:
+    """accelerate turns FSDP on for accelerators alone, and trains on each process by itself otherwise."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState(cpu=False, **group.to_kwargs())
+    PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
+
+
 class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
 
@@ -63,41 +73,51 @@ class Cluster:
         """`project_dir`: where trackers write that write files. `rank_timeout`: seconds that ranks wait for one that
         does not come."""
         stay_on_this_machine()
+        self.backend = asked_for(os.environ)
+        check_launch(self.backend, os.environ)
+        on_cpus = not torch.accelerator.is_available()
+        # The watchdog comes first, since it knows the name of the rank that is missing.
+        group = InitProcessGroupKwargs(timeout=timedelta(seconds=2 * rank_timeout + 60))
+        if on_cpus and self.backend is not Backend.DDP:
+            group.backend = "gloo"
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if on_cpus and self.backend is Backend.FSDP2:
+            _make_cpus_look_like_gpus(group)
         # Accumulation is ours, by token count; left to accelerate, an environment variable would divide gradients.
         self.accelerator = Accelerator(
+            cpu=on_cpus and self.backend is Backend.DDP,
             log_with=list(trackers) or None,
             project_dir=project_dir,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            # The watchdog comes first, since it knows the name of the rank that is missing.
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=2 * rank_timeout + 60)),
-                # Nobody changes them, and sending them is a wait that the watchdog does not see.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
+            # Nobody changes buffers, and sending them is a wait that the watchdog does not see.
+            kwargs_handlers=[group, DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         missing = set(trackers) - {str(tracker) for tracker in self.accelerator.log_with}
         if missing:
             raise ValueError(f"log.trackers: install {', '.join(sorted(missing))}, or take it out")
-        if self.accelerator.mixed_precision == "fp16":
-            raise ValueError(
-                "launched with mixed_precision fp16, which needs loss scaling: set it to 'no'; the "
-                "recipe's model.dtype decides, bfloat16 among them"
-            )
-        if self.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            raise ValueError(
-                f"launched under {self.accelerator.distributed_type.value}: anchors need whole parameters on every "
-                "process; choose recipes/accelerate/single_gpu.yaml, cpu.yaml, or a MULTI_GPU configuration"
-            )
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
-        if asked != self.world_size:
-            raise ValueError(
-                f"launched with {asked} processes but this one sees {self.world_size}: check `distributed_type` and "
-                "`use_cpu` in the accelerate configuration"
-            )
+        self._check_what_came()
+        if self.backend.is_zero:
+            prepare_zero(self.accelerator.state.deepspeed_plugin, self.backend)
 
         self._watchdog = (
             Watchdog(self.rank, self.world_size, default_store(), rank_timeout) if self.world_size > 1 else None
         )
+
+    def _check_what_came(self) -> None:
+        """accelerate falls back to other backends without a word."""
+        kinds: dict[Backend, set[Any]] = {
+            Backend.DDP: {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU},
+            Backend.FSDP2: {DistributedType.FSDP},
+            Backend.ZERO2: {DistributedType.DEEPSPEED},
+            Backend.ZERO3: {DistributedType.DEEPSPEED},
+        }
+        came, asked = self.accelerator.distributed_type, int(os.environ.get("WORLD_SIZE", "1"))
+        if came not in kinds[self.backend] or asked != self.world_size:
+            raise ValueError(
+                f"launched as {self.backend.value} with {asked} processes, but accelerate made of it {came.value} with "
+                f"{self.world_size}: check `distributed_type` and `use_cpu` in the accelerate configuration, or take "
+                "a file of recipes/accelerate/"
+            )
 
     @property
     def rank(self) -> int:
@@ -115,9 +135,13 @@ class Cluster:
     def device(self) -> torch.device:
         return self.accelerator.device  # type: ignore[no-any-return]
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Stepper]:
+        """The module as this backend calls it, and its optimiser; under FSDP2 and ZeRO-3 its parameters are shared out
+        in place."""
+        groups = [list(group["params"]) for group in optimizer.param_groups]
         with self.waiting("the hand-over of the model"):
-            return self.accelerator.prepare(module, optimizer)  # type: ignore[no-any-return]
+            module, prepared = self.accelerator.prepare(module, optimizer)
+        return module, ZeroStepper(module, prepared, groups) if self.backend.is_zero else Stepper(prepared)
 
     def waiting(self, stage: str) -> AbstractContextManager[None]:
         """What needs the other ranks; raises TrainingError that names the one that is gone."""
@@ -130,10 +154,6 @@ class Cluster:
     def forget(self) -> None:
         """Lets go of what was prepared before, so that a new optimiser does not find the old one beside it."""
         self.accelerator.free_memory()
-
-    def clip_gradients(self, parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
-        """The gradient norm before clipping."""
-        return float(self.accelerator.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm))
 
     def share(self, items: Sequence[A], costs: Sequence[int] | None = None) -> Sequence[A]:
         """This rank's part of what all ranks hold: of about as much cost as the others', which is 1 each by default."""
@@ -178,13 +198,27 @@ class Cluster:
                 "start every machine with the same command, and let all see the same run directory"
             )
 
+    def most(self, count: int, stage: str) -> int:
+        """How many forwards each rank has to make where this one has `count` to make: as many as any, where they gather
+        parameters or share out gradients."""
+        return max(self.gather(count, stage)) if self.backend.in_step else count
+
     def backward(self, loss: Tensor) -> None:
         """Gradients are averaged over ranks; the loss is divided by the count of all, so it is scaled back here."""
-        self.accelerator.backward(loss * self.world_size)
+        loss = loss * self.world_size
+        if self.backend.is_zero:  # accelerate's would take the optimiser's step too
+            self.accelerator.deepspeed_engine_wrapped.engine.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
     def accumulate(self, module: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients in the last micro-batch of an optimiser step alone."""
-        return self.waiting("the exchange of gradients") if last else self.accelerator.no_sync(module)
+        """Ranks exchange gradients in the last micro-batch of an optimiser step alone; under FSDP2 and ZeRO in each,
+        since none of them has room for the gradients of whole parameters."""
+        if self.backend.is_zero:
+            module.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+        if last or self.backend.in_step:
+            return self.waiting("the exchange of gradients")
+        return self.accelerator.no_sync(module)  # type: ignore[no-any-return]
 
     def start_trackers(self, run_dir: Path, recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
         """`rows`: the metrics of a resumed run so far, which are shown again, so that no step is missing or double."""

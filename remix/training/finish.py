@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from remix.durable import folder_written_whole, write_json
 from remix.models.adapters import save_model, trained_share
 from remix.tracking.model_card import model_card
@@ -29,12 +31,12 @@ def finish(trainer: Trainer, recipe_path: str) -> dict[str, Any]:
         "trained_parameters": share.trained,
         "trained_share": share.share,
     }
-    if trainer.cluster.is_main:
-        trainer.progress.stage("saving the model")
-        lm, reader = trainer.policy.module.lm, trainer.policy.reader
-        with folder_written_whole(trainer.run_dir / "final") as final:
-            save_model(lm, reader, final, base_changed=state.base_merged)
-            (final / "README.md").write_text(model_card(recipe, result), encoding="utf-8")
-        write_json(trainer.run_dir / "result.json", result)
+    trainer.progress.stage("saving the model")
+    with trainer.policy.whole_lm(torch.device("cpu")) as lm:
+        if trainer.cluster.is_main:
+            with folder_written_whole(trainer.run_dir / "final") as final:
+                save_model(lm, trainer.policy.reader, final, base_changed=state.base_merged)
+                (final / "README.md").write_text(model_card(recipe, result), encoding="utf-8")
+            write_json(trainer.run_dir / "result.json", result)
     trainer.cluster.barrier("saving the model")
     return result

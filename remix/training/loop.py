@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +17,6 @@ from remix.errors import Interrupted, TrainingError
 from remix.evaluation.evaluate import evaluate, training_metrics
 from remix.evaluation.exam import Exam, Question, Response, respond
 from remix.merging.continual import Alignment
-from remix.models.adapters import engine_weights
 from remix.models.policy import Policy
 from remix.replay import ReplayBuffer, shard_path, write_shard
 from remix.rollout.sample import Sampler
@@ -31,7 +31,7 @@ from remix.training.interruption import Interruption
 from remix.training.phases import ends
 from remix.training.probe import SyncProbe
 from remix.training.reincarnation import reincarnate
-from remix.training.state import TrainState, to_checkpoint
+from remix.training.state import TrainState, to_checkpoint, whole_tensors
 from remix.training.update import Updater
 from remix.types import Prompt, Rollout, RolloutGroup, Sampling
 
@@ -132,10 +132,11 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this moment."""
         rng = self.cluster.gather(checkpoint.rng_tensors(), "the checkpoint")
+        self.progress.stage("saving")
+        with self.cluster.waiting("the checkpoint"):
+            tensors = whole_tensors(self.state, self.policy, self.updater, keep=self.cluster.is_main)
         if self.cluster.is_main:
-            self.progress.stage("saving")
-            parts = (self.state, self.policy, self.updater, self.replay, self.recipe)
-            whole = to_checkpoint(*parts, self.identity, rng)
+            whole = to_checkpoint(self.state, tensors, self.updater, self.replay, self.recipe, self.identity, rng)
             keep, best = self.recipe.checkpoint.keep, self.state.best_step
             checkpoint.save(self.run_dir, self.state.step, whole, keep=keep, best_step=best)
         self.cluster.barrier("the checkpoint")
@@ -237,7 +238,9 @@ class Trainer:
             except Interrupted:
                 return [None] * len(share)
 
-        results = self.cluster.map(until_interrupted, items, stage)
+        own_weights = self.recipe.rollout.engine.type == "hf"
+        with self.policy.whole_lm() if own_weights else nullcontext():
+            results = self.cluster.map(until_interrupted, items, stage)
         done = [result for result in results if result is not None]
         if len(done) < len(items):
             raise Interrupted
@@ -262,7 +265,7 @@ class Trainer:
     def _sync(self, watch: Stopwatch) -> dict[str, float]:
         """The policy's weights to the engine, and the proof that they arrived."""
         with watch("syncing"):
-            self.sampler.engine.sync(engine_weights(self.policy.module.lm, self.recipe.rollout.engine))
+            self.sampler.engine.sync(self.policy.engine_weights(self.recipe.rollout.engine))
             return self.probe.check(self.sampler.engine, self.stream.take(0, 4))
 
     def _align(self, step: int, updates: int) -> dict[str, float]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from remix.config import Recipe
 from remix.errors import TrainingError, first_line
-from remix.models.adapters import engine_weights
 from remix.models.policy import Policy
 from remix.types import Completion, Engine, Prompt, Request, Rollout, Sampling
 
@@ -49,8 +48,8 @@ class SyncProbe:
         # The trainer has moved on from the very tokens that the engine gives as ever. An update too small for the
         # engine's dtype looks like that too, so the weights are made to differ before the engine is accused.
         stands_still = self._answer is not None and _same(answer, self._answer)
-        suspicious = stands_still and not _equal(scores, self._scores)
-        if self._any_rank(suspicious) and not self._takes_weights(engine, prompts, answer):
+        suspicious = self._any_rank(stands_still and not _equal(scores, self._scores))
+        if suspicious and not self._takes_weights(engine, prompts, answer) and stands_still:
             raise TrainingError(
                 f"the weight sync changed nothing in the {self.recipe.rollout.engine.type} engine: after the update "
                 "it answers a probe bit for bit as before, though the trainer's log-probs have changed, so it does "
@@ -79,8 +78,8 @@ class SyncProbe:
         """Other weights give another answer, and the policy's own then give this one again."""
         for _ in range(2):  # an engine that is started again amid the first has the policy's weights in place of these
             engine.sync(self._disturbed_weights())
-            disturbed = not self._any_rank(_same(self._ask(engine, prompts), answer))
-            if disturbed:
+            disturbed = not _same(self._ask(engine, prompts), answer)
+            if not self._any_rank(not disturbed):
                 break
         engine.sync(self._weights())
         return disturbed and _near(self._ask(engine, prompts), answer, self._tolerance)
@@ -92,7 +91,7 @@ class SyncProbe:
             yield name, tensor * DISTURBANCE + added if tensor.is_floating_point() else tensor
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return engine_weights(self.policy.module.lm, self.recipe.rollout.engine)
+        return self.policy.engine_weights(self.recipe.rollout.engine)
 
     def _ask(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
         sampling = Sampling(max_tokens=PROBE_TOKENS, temperature=self.recipe.rollout.temperature)

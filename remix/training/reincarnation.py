@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from remix.config import Recipe
@@ -21,7 +22,7 @@ def reincarnate(recipe: Recipe, policy: Policy, updater: Updater, replay: Replay
     """Between two steps: the reference becomes the policy itself, and the next phase begins."""
     config = recipe.reincarnation
     if config.lora == "merge":
-        _merge(recipe, policy)
+        _merge(recipe, policy, state.step)
         state.base_merged = True
     policy.reference = policy.snapshot() if recipe.kl.weight else None
     if config.lora == "merge" and recipe.kl.uses_precedent:
@@ -30,18 +31,22 @@ def reincarnate(recipe: Recipe, policy: Policy, updater: Updater, replay: Replay
     if config.empty_replay:
         replay.clear()
     if config.reset_critic and policy.module.value_head is not None:
-        torch.nn.init.zeros_(policy.module.value_head.weight)
-        torch.nn.init.zeros_(policy.module.value_head.bias)
+        policy.reset_value_head()
     if config.reset_optimizer or config.lora == "merge":
         updater.reset_optimizer()
     state.phase.advance(state.step, state.rollouts, restart_lambda=config.restart_lambda)
 
 
-def _merge(recipe: Recipe, policy: Policy) -> None:
+def _merge(recipe: Recipe, policy: Policy, step: int) -> None:
     """Folds the adapter in, and proves by log-prob equality that the policy stayed the same."""
     probe = _probe(policy)
     before = policy.score([probe], tokens_per_microbatch=recipe.batch.tokens_per_microbatch)[0].logprobs
-    merge_adapter(policy.module.lm)
+    # The fresh adapter is the same on every process, whose generators may have come to differ.
+    seed = int(np.random.default_rng((recipe.seed, step, 3)).integers(2**31))
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with policy.changing_lm() as lm, torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        merge_adapter(lm)
     after = policy.score([probe], tokens_per_microbatch=recipe.batch.tokens_per_microbatch)[0].logprobs
     worst = (after - before).abs().max().item()
     if not worst <= MERGE_TOLERANCE[recipe.model.dtype]:

@@ -18,7 +18,7 @@ from remix import checkpoint
 from remix.checkpoint import Checkpoint
 from remix.config import Recipe, changed_keys, dump_recipe, parse_recipe
 from remix.durable import sha256
-from remix.models.policy import Policy
+from remix.models.policy import Policy, Snapshot
 from remix.replay import ReplayBuffer, read_shard, shard_path
 from remix.tasks import TaskSet
 from remix.training.phases import PhaseState
@@ -68,24 +68,37 @@ class TrainState:
         return cls(**{**plain, "phase": PhaseState(**plain["phase"])})
 
 
+def whole_tensors(state: TrainState, policy: Policy, updater: Updater, *, keep: bool) -> dict[str, dict[str, Tensor]]:
+    """By section, what processes may have shared out among them; all ranks. Only who keeps it has it in the end, and
+    holds no more than one tensor else."""
+    # What was the policy as this step began is the precedent of the next.
+    anchors = {"reference": policy.reference, "precedent": policy.next_precedent}
+    sections = {
+        "model": policy.each_weight(with_base=state.base_merged),
+        "optimizer": updater.stepper.moments(),
+        **{name: policy.whole_snapshot(snapshot) for name, snapshot in anchors.items() if snapshot is not None},
+    }
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for section, named in sections.items():
+        tensors[section] = {}
+        for name, tensor in named:
+            if keep:
+                tensors[section][name] = tensor.cpu()
+    return tensors
+
+
 def to_checkpoint(
     state: TrainState,
-    policy: Policy,
+    tensors: dict[str, dict[str, Tensor]],
     updater: Updater,
     replay: ReplayBuffer,
     recipe: Recipe,
     identity: Mapping[str, str],
     rng: Sequence[Mapping[str, Tensor]],
 ) -> Checkpoint:
-    """`identity`: of what the run was begun with; `rng`: the random generators of every rank."""
-    # What was the policy as this step began is the precedent of the next.
-    anchors = {"reference": policy.reference, "precedent": policy.next_precedent}
-    tensors = {
-        "model": policy.weights(with_base=state.base_merged),
-        "optimizer": checkpoint.optimizer_tensors(updater.optimizer),
-        "rng": {f"{rank}.{name}": tensor for rank, states in enumerate(rng) for name, tensor in states.items()},
-    }
-    tensors |= {name: snapshot for name, snapshot in anchors.items() if snapshot is not None}
+    """`tensors`: as `whole_tensors` gives them; `identity`: of what the run was begun with; `rng`: the random
+    generators of every rank."""
+    tensors["rng"] = {f"{rank}.{name}": value for rank, states in enumerate(rng) for name, value in states.items()}
     shards = [shard_path(Path(recipe.run_dir), version) for version in replay.versions]
     plain = {
         "state": asdict(state),
@@ -105,9 +118,9 @@ def from_checkpoint(
 ) -> TrainState:
     """Puts everything back in its place. Raises ValueError where the checkpoint does not fit the recipe."""
     policy.load_weights(saved.tensors["model"])
-    policy.reference = _snapshot(saved, "reference")
-    policy.next_precedent = _snapshot(saved, "precedent")
-    checkpoint.load_optimizer(updater.optimizer, saved.tensors.get("optimizer", {}))
+    policy.reference = _snapshot(saved, "reference", policy)
+    policy.next_precedent = _snapshot(saved, "precedent", policy)
+    updater.stepper.load_moments(saved.tensors.get("optimizer", {}))
     updater.skipped_in_a_row = saved.state["skipped_in_a_row"]
     own = f"{rank}."
     generators = {key.removeprefix(own): t for key, t in saved.tensors["rng"].items() if key.startswith(own)}
@@ -178,5 +191,5 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
-def _snapshot(saved: Checkpoint, name: str) -> dict[str, Any] | None:
-    return dict(saved.tensors[name]) if name in saved.tensors else None
+def _snapshot(saved: Checkpoint, name: str, policy: Policy) -> Snapshot | None:
+    return policy.own_snapshot(saved.tensors[name]) if name in saved.tensors else None

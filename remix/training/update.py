@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from remix.checkpoint import save_tensors
 from remix.config import OptimizerConfig, Recipe
 from remix.errors import TrainingError
 from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
+from remix.models.parts import Hollow
 from remix.models.policy import Policy
 from remix.tracking.token_stats import TokenStats
 from remix.training.batching import collate, cost, shared_prompts
 from remix.training.distributed import Cluster
 from remix.training.objective import Objective
+from remix.training.stepper import Stepper
 from remix.types import Batch, LossInputs, LossOutput, Sample
 
 MOST_DUMPS = 16
@@ -33,18 +36,23 @@ class Updater:
         self.policy = policy
         self.objective = objective
         self.cluster = cluster
-        self.model: nn.Module
-        self.optimizer: torch.optim.Optimizer
         self.skipped_in_a_row = 0
         """Optimiser steps skipped since the last that was taken; part of a checkpoint."""
-        self.reset_optimizer()
+        self.cluster.forget()
+        hollow = Hollow(policy.module.lm) if cluster.backend.shares_out else None
+        self.model: nn.Module
+        self.stepper: Stepper
+        self.model, self.stepper = cluster.prepare(policy.module, build_optimizer(policy.module, recipe.optimizer))
+        policy.share_out(cluster, hollow, self.stepper.take_over)
+
+    @property
+    def optimizer(self) -> Any:
+        """The torch optimiser itself."""
+        return self.stepper.optimizer
 
     def reset_optimizer(self) -> None:
         """Moments start anew."""
-        self.cluster.forget()
-        self.model, self.optimizer = self.cluster.prepare(
-            self.policy.module, build_optimizer(self.policy.module, self.recipe.optimizer)
-        )
+        self.stepper.forget()
 
     def run(self, samples: Sequence[Sample], *, step: int, passes: int, kl_lambda: float) -> dict[str, float]:
         """Token statistics over all updates, and the mean of each loss term and gradient norm; {} without samples.
@@ -55,7 +63,7 @@ class Updater:
         if not samples:
             return {}
         factor = schedule_factor(self.recipe.optimizer, step, self.recipe.steps)
-        for group in self.optimizer.param_groups:
+        for group in self.stepper.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self.model.train()
         stats, totals, count, skipped = TokenStats(), dict[str, float](), 0, 0
@@ -65,18 +73,20 @@ class Updater:
             for minibatch in _minibatches(samples, self.recipe.batch.minibatches, rng):
                 of_update = TokenStats()
                 terms = self.accumulate(minibatch, of_update, kl_lambda=kl_lambda)
-                terms |= self._clip()
+                # Each group on its own: a critic far from its target must not shrink the policy's step.
+                norms = self.stepper.clip(self.recipe.optimizer.max_grad_norm)
+                terms |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
                 bad = [name for name, value in terms.items() if not np.isfinite(value)]
                 if bad:
                     skipped += 1
+                    self.stepper.skip()
                     self._skip(minibatch, bad, step=step, number=count + skipped)
                 else:
-                    self.optimizer.step()
+                    self.stepper.step()
                     self.skipped_in_a_row = 0
                     stats = TokenStats.merge([stats, of_update])
                     totals = {name: totals.get(name, 0.0) + value for name, value in terms.items()}
                     count += 1
-                self.optimizer.zero_grad(set_to_none=True)
         stats = TokenStats.merge(self.cluster.gather(stats.sampled(), "the statistics of the update"))
         means = {name: total / count for name, total in totals.items()}
         return stats.metrics() | means | {"updates": count, "updates/skipped": skipped}
@@ -90,18 +100,22 @@ class Updater:
         together = shared_prompts([sample.rollout for sample in minibatch], self.cluster.world_size)
         costs = [cost([minibatch[i].rollout for i in indices]) for indices in together]
         share: Sequence[Sample] = [minibatch[i] for indices in self.cluster.share(together, costs) for i in indices]
-        # A rank without samples goes through the motions at weight 0, or the others would wait for its gradients.
-        weight = 1.0 if share else 0.0
+        # A rank without samples, or with fewer micro-batches where all have to make as many, goes through the motions
+        # at weight 0, or the others would wait for its gradients.
+        own = bool(share)
         share = share or minibatch[:1]
         rollouts = [sample.rollout for sample in share]
         groups = self.policy.microbatches(rollouts, self.recipe.batch.tokens_per_microbatch)
+        rounds = self.cluster.most(len(groups), "the size of the update")
         terms: dict[str, float] = {}
-        for number, indices in enumerate(groups):
+        for number in range(rounds):
+            weight = 1.0 if own and number < len(groups) else 0.0
+            indices = groups[number % len(groups)]
             chosen = [share[i] for i in indices]
             of_chosen = [rollouts[i] for i in indices]
             multimodal, packed = self.policy.multimodal(of_chosen), self.policy.packed(of_chosen)
             batch = collate(chosen, self.policy.device, multimodal, packed)
-            with self.cluster.accumulate(self.model, last=number == len(groups) - 1):
+            with self.cluster.accumulate(self.model, last=number == rounds - 1):
                 output = self._loss(batch, kl_lambda=kl_lambda, denominator=denominator)
                 self.cluster.backward(output.loss * weight)
                 # Inside, since on a GPU it is here that a rank waits for gradients.
@@ -142,16 +156,6 @@ class Updater:
             anchors["precedent"] = self.policy.precedent
         return {
             name: self.policy.anchor_states(batch, anchor) for name, anchor in anchors.items() if anchor is not None
-        }
-
-    def _clip(self) -> dict[str, float]:
-        """Gradient norms before clipping. Each group on its own: a critic far from its target must not shrink the
-        policy's step."""
-        return {
-            f"grad_norm/{group['name']}": self.cluster.clip_gradients(
-                group["params"], self.recipe.optimizer.max_grad_norm
-            )
-            for group in self.optimizer.param_groups
         }
 
     def _skip(self, minibatch: Sequence[Sample], bad: Sequence[str], *, step: int, number: int) -> None:

@@ -30,6 +30,24 @@ def nan_gradients(updates: str) -> None:
     Updater.accumulate = planted  # type: ignore[method-assign]
 
 
+def nan_losses(updates: str) -> None:
+    """The same of the loss itself, before its backward, under whatever backend."""
+    from remix.training.distributed import Cluster
+    from remix.training.update import Updater
+
+    chosen, count = {int(number) for number in updates.split(",")}, [0]
+    accumulate, backward = Updater.accumulate, Cluster.backward
+
+    def counted(self: Updater, minibatch: Any, stats: Any, *, kl_lambda: float) -> dict[str, float]:
+        count[0] += 1
+        return accumulate(self, minibatch, stats, kl_lambda=kl_lambda)
+
+    def planted(self: Cluster, loss: Any) -> None:
+        backward(self, loss * math.nan if count[0] in chosen else loss)
+
+    Updater.accumulate, Cluster.backward = counted, planted  # type: ignore[method-assign]
+
+
 def jumping_clock(_: str) -> None:
     """The wall clock jumps an hour ahead and back from call to call, as after a correction by the network."""
     real, calls = time.time, [0]
@@ -48,7 +66,12 @@ def deaf_engine(_: str) -> None:
     VLLMEngine.sync = lambda self, weights: None  # type: ignore[method-assign]
 
 
-FAULTS = {"nan_gradients": nan_gradients, "jumping_clock": jumping_clock, "deaf_engine": deaf_engine}
+FAULTS = {
+    "nan_gradients": nan_gradients,
+    "nan_losses": nan_losses,
+    "jumping_clock": jumping_clock,
+    "deaf_engine": deaf_engine,
+}
 
 if __name__ == "__main__":
     faults, arguments = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
