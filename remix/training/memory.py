@@ -95,6 +95,7 @@ def _items(recipe: Recipe, shape: ModelShape, trained: int, critic: int) -> Iter
     yield MemoryItem("gradients", (trained + critic) * FLOAT32, part="gradients")
     yield MemoryItem("AdamW moments", (trained + critic) * FLOAT32 * ADAMW_MOMENTS, part="moments")
     chunk = recipe.model.logits_chunk or LOGITS_NUMBERS // shape.vocab_size
+    chunk = min(chunk, recipe.batch.tokens_per_microbatch)
     yield MemoryItem("logits of a chunk", chunk * shape.vocab_size * FLOAT32 * LOGITS_COPIES)
     if isinstance(recipe.rollout.engine, VLLMEngineConfig):
         yield MemoryItem(f"vLLM weights, {recipe.model.dtype}", model_bytes)
