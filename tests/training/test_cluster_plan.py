@@ -52,15 +52,15 @@ def planned(*overrides: str, on: str = "nodes=2,gpus=2") -> ClusterPlan:
 
 
 def test_memory_of_each_backend_by_hand() -> None:
-    """1000 parameters on 4 processes: weights 4000 bytes, gradients 4000, moments 8000, logits 4200, an anchor 4000;
+    """1000 parameters on 4 processes: weights 4000 bytes, gradients 4000, moments 8000, logits 2800, an anchor 4000;
     12000 in the host's memory; with two blocks in all, everything is gathered."""
     found = planned("model.logits_chunk=7").backends
     bucket, live = ZERO_BUCKET * 4, 1000 * (4 + 4)
     assert {name: backend.device_bytes for name, backend in found.items()} == {
-        "none": 4000 + 4000 + 8000 + 4200 + 4000 + 4000,
-        "zero2": 4000 + 1000 + 2000 + 4200 + 4000 + 1000 + bucket,
-        "zero3": 1000 + 1000 + 2000 + 4200 + 1000 + bucket + live + 4000,
-        "fsdp2": 1000 + 1000 + 2000 + 4200 + 1000 + live + 4000,
+        "none": 4000 + 4000 + 8000 + 2800 + 4000 + 4000,
+        "zero2": 4000 + 1000 + 2000 + 2800 + 4000 + 1000 + bucket,
+        "zero3": 1000 + 1000 + 2000 + 2800 + 1000 + bucket + live + 4000,
+        "fsdp2": 1000 + 1000 + 2000 + 2800 + 1000 + live + 4000,
     }
     host = {name: backend.host_bytes for name, backend in found.items()}
     assert host == {"none": 12000, "zero2": 12000, "zero3": 3000, "fsdp2": 3000}
