@@ -145,7 +145,8 @@ def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy,
     vision = None if processor is None else Vision(processor, module.lm)
     policy = Policy(module, tokenizer, device=device, temperature=recipe.rollout.temperature, vision=vision)
     if recipe.batch.pack:
-        refused = start_packing(policy, next(iter(train)).prompts)
+        tried, budget = [*_prompts([train])], recipe.batch.tokens_per_microbatch
+        refused = start_packing(policy, tried, tokens_per_microbatch=budget)
         if refused is not None:
             progress.message(f"sequences are padded, not packed: {refused}")
     seen = next((prompt for prompt in _prompts([train]) if prompt.images), None)

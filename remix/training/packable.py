@@ -14,11 +14,9 @@ from remix.types import Prompt, Rollout
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Most that a log-prob may differ, in nats, by the dtype of the forward. A token in a wrong place differs by more."""
-TOKENS_PER_FORWARD = 1 << 30
-"""All at once."""
 
 
-def start_packing(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
+def start_packing(policy: Policy, prompts: Sequence[Prompt], *, tokens_per_microbatch: int) -> str | None:
     """Makes the policy pack its sequences if the model gives them the log-probs that it gives padded ones.
 
     Else says why it does not. `prompts`: of the run, encoded; some of them are tried with responses of random tokens.
@@ -33,9 +31,9 @@ def start_packing(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
         return "model.attn_implementation is not sdpa"
     tried = _responses(policy, prompts)
     try:
-        padded = policy.score(tried, tokens_per_microbatch=TOKENS_PER_FORWARD)
+        padded = policy.score(tried, tokens_per_microbatch=tokens_per_microbatch)
         policy.packs = True
-        packed = policy.score(tried, tokens_per_microbatch=TOKENS_PER_FORWARD)
+        packed = policy.score(tried, tokens_per_microbatch=tokens_per_microbatch)
     except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, KeyError) as error:
         policy.packs = False  # whatever a family makes of inputs that it was not made for
         return f"models of type {module.lm.config.model_type} do not take it ({first_line(error)})"
