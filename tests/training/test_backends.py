@@ -53,6 +53,7 @@ def written(recipe: Recipe, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_full_weights_and_a_critic(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(tiny_model, tmp_path / "one", PPO)
     one = run_alone(recipe, monkeypatch)
@@ -73,6 +74,7 @@ def test_full_weights_and_a_critic(tiny_model: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_lora_that_is_folded_in_and_a_run_that_goes_on(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
