@@ -174,6 +174,8 @@ PAIRS = [
     *(("PAM", method) for method in ("average", "TIES")),
 ]
 """Methods that are compared run by run."""
+BARS = ("ACC 5 above sequential", "BWT at most half of sequential's", "ACC above average", "ACC above TIES")
+"""What was expected of PAM."""
 
 
 def wide_cells(chosen: Mapping[str, Settings], rank: int, seeds: int) -> list[Cell]:
@@ -226,6 +228,21 @@ def write_page(study: Study, rank: int, chosen: Mapping[str, Settings], seeds: i
         for method in METHODS
     ]
     by_order = [[method, *(mean_of(method, order) for order in ORDERS)] for method in METHODS]
+    wide_table = table(["method", "runs", "ACC", "BWT", "forgetting"], wide_rows)
+    wide_text = "\nAll ten kinds in one order ({order}), with the settings of six tasks:\n\n{rows}\n"
+
+    def of(method: str, key: str, order: str) -> float:
+        return fmean(values(method, key, [order]).values())
+
+    bars = [
+        [
+            order,
+            in_words(of("PAM", "ACC", order) >= of("sequential", "ACC", order) + 5),
+            in_words(of("PAM", "BWT", order) >= of("sequential", "BWT", order) / 2),
+            *(in_words(of("PAM", "ACC", order) > of(method, "ACC", order)) for method in ("average", "TIES")),
+        ]
+        for order in ORDERS
+    ]
     paired = [[f"{a} − {b}", *(compared(a, b, key) for key in ("ACC", "BWT"))] for a, b in PAIRS]
     settings = [[method, f"`{json.dumps(chosen[method])}`", str(len(choices))] for method, choices in METHODS.items()]
     PAGE.parent.mkdir(exist_ok=True)
@@ -235,8 +252,8 @@ def write_page(study: Study, rank: int, chosen: Mapping[str, Settings], seeds: i
         PAGE_TEXT.format(
             scores=table(["method", "runs", "ACC", "BWT", "forgetting", "zero-shot"], rows),
             by_order=table(["method", *(f"{name}: ACC / BWT" for name in ORDERS)], by_order),
-            wide=table(["method", "runs", "ACC", "BWT", "forgetting"], wide_rows),
-            wide_order=", ".join(WIDE),
+            wide=wide_text.format(order=", ".join(WIDE), rows=wide_table) if wide_rows else "",
+            bars=table(["order", *BARS], bars),
             paired=table(["difference", "ACC", "BWT"], paired),
             settings=table(["method", "settings", "of"], settings),
             orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
@@ -254,8 +271,8 @@ PAGE_TEXT = """# Continual learning on `shapes`
 Six tasks about small pictures, learnt one after the other by a LoRA each on the embedded vision-language model
 (supervised, `recipes/embedded/continual_shapes_sft.yaml`), pass@1 in percent on held-out pictures, greedy. ACC is the
 mean over all tasks after the last, BWT what later tasks did to earlier ones, both as in PAM
-([arXiv 2506.03189](https://arxiv.org/abs/2506.03189)). Mean ± standard deviation over runs of three orders ×
-{seeds} seeds. `independent` has an adapter for every task and is no method of continual learning but what
+([arXiv 2506.03189](https://arxiv.org/abs/2506.03189)). Mean ± standard deviation over runs: three orders, up to
+{seeds} seeds each. `independent` has an adapter for every task and is no method of continual learning but what
 forgetting is measured against; `PAM + TALL` has to be told the task at hand.
 
 ![ACC against BWT](continual.png)
@@ -266,6 +283,10 @@ By order, means over seeds:
 
 {by_order}
 
+Whether PAM is where it was expected, by the means of each order:
+
+{bars}
+
 What makes the difference, over pairs of runs with the same order and seed (mean ± standard error):
 
 {paired}
@@ -274,11 +295,7 @@ What makes the difference, over pairs of runs with the same order and seed (mean
 and `TIES` merge adapters that were trained apart, `MagMax` adapters each trained from the one before. `PAM by change`
 takes the entries that have changed most since the start for the important ones, `PAM on B alone` aligns one factor of
 each LoRA.
-
-All ten kinds in one order ({wide_order}), with the settings of six tasks:
-
 {wide}
-
 ## Settings
 
 Chosen by ACC on another order and another seed than those above: one rank for all methods, {rank} of {ranks}, by their
@@ -310,6 +327,10 @@ def draw(points: Mapping[str, tuple[Sequence[float], ...]], path: Path) -> None:
     axes.grid(alpha=0.2)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path)
+
+
+def in_words(held: bool) -> str:
+    return "yes" if held else "no"
 
 
 def spread(values: Sequence[float]) -> str:
