@@ -264,7 +264,7 @@ class TestTwoServers:
         case.sync(case.second)
         expected = case.here.generate(MANY, LONG)
         case.messages.clear()
-        with later(1.0, case.process(1).pid, signal.SIGKILL):
+        with later(0.3, case.process(1).pid, signal.SIGKILL):
             assert_same(case.there.generate(MANY, LONG), expected)
         assert any(f"{case.urls[1]} does not answer" in message for message in case.messages), case.messages
         assert any("starting it again (1 of 1 restarts)" in message for message in case.messages)

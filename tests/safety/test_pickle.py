@@ -332,4 +332,4 @@ def test_every_yaml_and_json_that_ships_is_plain_data() -> None:
     assert len(files) > 20
     for file in files:
         assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict)
-    assert {file.suffix for file in (EMBEDDED / "base").iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in (EMBEDDED / "base").iterdir()} == {".json", ".md", ".safetensors"}
