@@ -1,7 +1,7 @@
 """What methods of continual learning keep of six tasks: orders x seeds x methods, and the page that shows it.
 
     python scripts/study_continual.py                      # runs what is missing, then writes the page
-    python scripts/study_continual.py --write-only         # the page from the runs that are there
+    python scripts/study_continual.py --write-only         # the page from what there is of docs/continual.json and runs
 
 Every cell is a run of recipes/embedded/continual_shapes_sft.yaml with other keys, in `--out`; a cell that is done is
 not run again, and one that was interrupted goes on. One rank for all methods and then each method's settings are chosen
@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 RECIPE = ROOT / "recipes" / "embedded" / "continual_shapes_sft.yaml"
 PAGE = ROOT / "docs" / "continual.md"
+SUMMARIES = PAGE.with_suffix(".json")
+"""What came of every run: those that are in it are not run again."""
 
 ORDERS = {
     "A": ("colour", "odd", "where", "smaller", "bigger", "left"),
@@ -126,10 +128,11 @@ class Study:
     def __init__(self, out: Path, jobs: int) -> None:
         """`jobs`: 0 = run nothing, only read."""
         self.out, self.jobs = out, jobs
-        self.results: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, dict[str, Any]] = json.loads(SUMMARIES.read_text("utf-8")) if SUMMARIES.exists() else {}
         """By the cell's name."""
 
     def run(self, cells: Sequence[Cell], what: str) -> None:
+        cells = [cell for cell in cells if cell.name not in self.results]
         if not self.jobs:
             for cell in cells:
                 done = self.out / cell.name / "result.json"
@@ -176,6 +179,8 @@ PAIRS = [
 """Methods that are compared run by run."""
 BARS = ("ACC 5 above sequential", "BWT at most half of sequential's", "ACC above average", "ACC above TIES")
 """What was expected of PAM."""
+KEPT = ("seed", "tasks", "ACC", "BWT", "forgetting", "zero_shot", "seconds")
+"""Of a run's result."""
 
 
 def wide_cells(chosen: Mapping[str, Settings], rank: int, seeds: int) -> list[Cell]:
@@ -246,6 +251,8 @@ def write_page(study: Study, rank: int, chosen: Mapping[str, Settings], seeds: i
     paired = [[f"{a} − {b}", *(compared(a, b, key) for key in ("ACC", "BWT"))] for a, b in PAIRS]
     settings = [[method, f"`{json.dumps(chosen[method])}`", str(len(choices))] for method, choices in METHODS.items()]
     PAGE.parent.mkdir(exist_ok=True)
+    plain = {name: {key: run[key] for key in KEPT} for name, run in sorted(study.results.items())}
+    SUMMARIES.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     points = {method: tuple([*values(method, key).values()] for key in ("ACC", "BWT")) for method in METHODS}
     draw(points, PAGE.with_suffix(".png"))
     PAGE.write_text(
