@@ -13,7 +13,14 @@ import torch
 
 from remix.config import AlignmentConfig
 from remix.merging.lora import refactor
-from remix.merging.methods import find_method, important_entries, misaligned_fraction, tall_mask, turned_entries
+from remix.merging.methods import (
+    find_method,
+    important_entries,
+    misaligned_fraction,
+    put_back,
+    tall_mask,
+    turned_entries,
+)
 from remix.models.adapters import load_adapter
 from remix.models.policy import Policy, Snapshot
 
@@ -65,7 +72,7 @@ class Alignment:
             g, important = self._global[name].to(w.device), self._important[name].to(w.device)
             turned = turned_entries(w, g, important)
             fractions[name] = int(turned.sum()) / max(1, int(important.sum()))
-            w.copy_(torch.where(turned, g.to(w.dtype) if self.config.reset == "global" else 0, w))
+            w.copy_(put_back(w, g, turned, reset=self.config.reset))
             moments = self._updater.optimizer.state.get(w, {})
             for moment in MOMENTS:
                 if moment in moments:

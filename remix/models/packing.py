@@ -139,7 +139,7 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of transformers' form, [1, h, L, d] each, to [1, L, h, d]; of prompts among themselves, and of
-    responses to their prompt and themselves. Raises NotImplementedError where the model wants more than that."""
+    responses to their prompt and themselves. Raises ValueError where the model wants more than that."""
     if packed is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -150,7 +150,7 @@ def packed_attention(
     if sliding_window is not None and longest > sliding_window:
         wanted.append("sliding_window")
     if wanted:
-        raise NotImplementedError(f"its attention has {wanted[0]}")
+        raise ValueError(f"its attention has {wanted[0]}")
     times = query.shape[1] // key.shape[1]
     q_LHD, k_LHD, v_LHD = (
         t[0].transpose(0, 1) for t in (query, *(t.repeat_interleave(times, 1) for t in (key, value)))
@@ -188,6 +188,13 @@ def allow_packing(backbone: Any) -> bool:
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         config._attn_implementation = ATTENTION
     return bool(config._attn_implementation == ATTENTION)
+
+
+def attention_reach(backbone: Any) -> int | None:
+    """Tokens beyond which its attention does not look back, all of its layers or some; None = it sees everything."""
+    config = backbone.config.get_text_config()
+    reaches = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((reach for reach in reaches if reach is not None), default=None)
 
 
 def packed_inputs(packed: Packed) -> dict[str, Any]:

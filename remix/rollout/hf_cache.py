@@ -57,13 +57,11 @@ def fill(backbone: Any, cache: DynamicCache, ids_BS: Tensor, mask_BS: Tensor) ->
     """Computes all but the last token of sequences that are padded on the left, each different one once."""
     if ids_BS.shape[1] == 1:
         return
-    # Padding is part of a row, so rows that are equal are equally masked.
-    different_US, which_B = torch.unique(ids_BS[:, :-1], dim=0, return_inverse=True)
+    # A prompt may begin with the token that pads: what is padding is part of what makes rows different.
+    different_US, which_B = torch.unique(ids_BS.masked_fill(mask_BS == 0, -1)[:, :-1], dim=0, return_inverse=True)
     first_U = torch.zeros(len(different_US), dtype=torch.long, device=ids_BS.device)
     first_U.scatter_(0, which_B, torch.arange(len(ids_BS), device=ids_BS.device))
-    mask_US = mask_BS[first_U, :-1]
+    ids_US, mask_US = ids_BS[first_U, :-1], mask_BS[first_U, :-1]
     positions_US = (mask_US.cumsum(-1) - 1).clamp(min=0)
-    backbone(
-        input_ids=different_US, attention_mask=mask_US, position_ids=positions_US, past_key_values=cache, use_cache=True
-    )
+    backbone(input_ids=ids_US, attention_mask=mask_US, position_ids=positions_US, past_key_values=cache, use_cache=True)
     cache.batch_select_indices(which_B)

@@ -26,6 +26,7 @@ from remix.durable import locked
 from remix.errors import TrainingError
 from remix.rollout import frames
 from remix.rollout.launch import OwnServers
+from remix.rollout.limits import check_fits
 from remix.rollout.process import START_SECONDS
 from remix.rollout.replica import DownError, Replica, Wanted, problem
 from remix.types import Completion, Request, Sampling
@@ -126,13 +127,7 @@ class ServerEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order. Under temperature 0 log-probs are those at temperature 1."""
-        longest = max((len(request.prompt_ids) for request in requests), default=0)
-        if longest > self._max_model_len - sampling.max_tokens:
-            raise ValueError(
-                f"A prompt has {longest} tokens, and {sampling.max_tokens} are to follow, but the engine holds "
-                f"{self._max_model_len} in all. Raise prompt.max_tokens or rollout.max_tokens, "
-                f"which set it, to {longest + sampling.max_tokens} together, or leave long prompts out."
-            )
+        check_fits(requests, sampling, self._max_model_len)
         if any(request.images for request in requests):
             raise ValueError("Servers take prompts without images: set rollout.engine.type to vllm or hf.")
         found: dict[int, Completion] = {}

@@ -28,6 +28,7 @@ from remix.models.loading import load_processor, sees_images
 from remix.models.vision import Places, check_vllm
 from remix.rollout import frames
 from remix.rollout.frames import SHARED_MEMORY
+from remix.rollout.limits import check_fits
 from remix.rollout.serve import CPU_BATCHED_TOKENS, NEVER
 from remix.tasks.images import open_image
 from remix.types import Completion, FinishReason, Request, Sampling
@@ -99,7 +100,6 @@ class VLLMEngine:
         # vLLM keeps its process groups in globals of the process: closing one engine would take them from another.
         if VLLMEngine._open is not None and VLLMEngine._open() is not None:
             raise RuntimeError("Another VLLMEngine is open in this process. Close it first: engine.close().")
-        on_cpu = current_platform.is_cpu()
         self._model_path = model_path
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
@@ -114,11 +114,7 @@ class VLLMEngine:
             check_vllm(model_path)
         self._places = Places(load_processor(model, needed=True)) if images else None
         with _trainer_undisturbed(), _clear_where_no_weights(model_path):
-            if self._shares_process_group:
-                os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
-                os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-            elif sys.platform == "linux":
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens, though it is alone in its group
+            _say_who_the_rank_is()
             self._llm = LLM(
                 model_path,
                 load_format="safetensors",
@@ -127,12 +123,8 @@ class VLLMEngine:
                 dtype=dtype,
                 max_model_len=max_model_len,
                 gpu_memory_utilization=memory_fraction,
-                kv_cache_memory_bytes=int(kv_cache_gib * 2**30) if on_cpu else None,
                 num_gpu_blocks_override=kv_blocks,
-                enforce_eager=enforce_eager or on_cpu,
-                # Between two chunks of a prompt vLLM turns a seeded generator back, which one of a CPU cannot do.
-                enable_chunked_prefill=False if on_cpu else None,
-                max_num_batched_tokens=max(max_model_len, CPU_BATCHED_TOKENS) if on_cpu else None,
+                **_cpu_options(max_model_len, kv_cache_gib, enforce_eager=enforce_eager),
                 seed=seed,
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 skip_tokenizer_init=not sees,  # token ids in, token ids out; a processor of images needs it
@@ -151,13 +143,7 @@ class VLLMEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order. Under temperature 0 log-probs are those at temperature 1."""
         self._check_weights_intact()
-        longest = max((len(request.prompt_ids) for request in requests), default=0)
-        if longest > self._max_model_len - sampling.max_tokens:
-            raise ValueError(
-                f"A prompt has {longest} tokens, and {sampling.max_tokens} are to follow, but the engine holds "
-                f"{self._max_model_len} in all. Raise prompt.max_tokens or rollout.max_tokens, "
-                f"which set it, to {longest + sampling.max_tokens} together, or leave long prompts out."
-            )
+        check_fits(requests, sampling, self._max_model_len)
         prompts = [self._prompt(request) for request in requests]
         params = [
             SamplingParams(
@@ -259,6 +245,28 @@ class VLLMEngine:
         for name in self._expected.checked(shapes()):
             # vLLM holds on to the tensors of a layer until the last of them has come.
             yield name, current[0].detach().clone()
+
+
+def _say_who_the_rank_is() -> None:
+    """In the environment, where vLLM looks for it."""
+    if torch.distributed.is_initialized():
+        os.environ.setdefault("RANK", str(torch.distributed.get_rank()))
+        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+    elif sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # it listens, though it is alone in its group
+
+
+def _cpu_options(max_model_len: int, kv_cache_gib: float, *, enforce_eager: bool) -> dict[str, Any]:
+    """What is another on a CPU, of vLLM's options."""
+    if not current_platform.is_cpu():
+        return {"enforce_eager": enforce_eager}
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        # Between two chunks of a prompt vLLM turns a seeded generator back, which one of a CPU cannot do.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS),
+    }
 
 
 def _rank_slots(rank: int) -> int:

@@ -58,7 +58,8 @@ def open_trainer(
     """A trainer ready to `fit`, from the newest whole checkpoint where there is one to resume from.
 
     `allow_changed`: go on although the recipe is not the one that the run was begun with. Closes what it opened.
-    Raises ValueError for whatever the recipe asks that cannot be had.
+    Raises ValueError for whatever the recipe asks that cannot be had. Long, since all parts meet here: each line
+    makes one or hands it on.
     """
     run_dir = Path(recipe.run_dir)
     cluster.check_alike("the recipe", dump_recipe(recipe))
@@ -146,7 +147,8 @@ def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy,
     policy = Policy(module, tokenizer, device=device, temperature=recipe.rollout.temperature, vision=vision)
     if recipe.batch.pack:
         tried, budget = [*_prompts([train])], recipe.batch.tokens_per_microbatch
-        refused = start_packing(policy, tried, tokens_per_microbatch=budget)
+        longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
+        refused = start_packing(policy, tried, tokens_per_microbatch=budget, longest=longest)
         if refused is not None:
             progress.message(f"sequences are padded, not packed: {refused}")
     seen = next((prompt for prompt in _prompts([train]) if prompt.images), None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from remix.config import GAEAdvantage, HFEngineConfig, MixPolicyPhase, Recipe, SeparateCritic, nearest
-from remix.training.memory import DTYPE_BYTES, FLOAT32, Memory, MemoryItem, Part, critic_parameters
+from remix.training.memory import DTYPE_BYTES, FLOAT32, Memory, MemoryItem, Part, Totals, critic_parameters
 from remix.training.model_shape import ModelShape, find_shape
 from remix.training.plan import PhasePlan, Plan
 
@@ -50,19 +50,11 @@ class Machines:
 
 
 @dataclass(frozen=True, slots=True)
-class BackendPlan:
+class BackendPlan(Totals):
     items: tuple[MemoryItem, ...]
     """What one process holds."""
     exchange: int
     """Bytes of weights and gradients that a process sends in one optimiser step, and receives."""
-
-    @property
-    def device_bytes(self) -> int:
-        return sum(item.bytes for item in self.items if not item.host)
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(item.bytes for item in self.items if item.host)
 
 
 @dataclass(frozen=True, slots=True)

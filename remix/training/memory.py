@@ -44,8 +44,23 @@ class MemoryItem:
     """Another policy's weights, not the model's own."""
 
 
+class Totals:
+    """Of what a process holds."""
+
+    __slots__ = ()
+    items: tuple[MemoryItem, ...]
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(item.bytes for item in self.items if not item.host)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(item.bytes for item in self.items if item.host)
+
+
 @dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(Totals):
     """What one process holds, nothing sharded. Activations are not counted."""
 
     parameters: int | None = None
@@ -56,14 +71,6 @@ class Memory:
     items: tuple[MemoryItem, ...] = ()
     unknown: str | None = None
     """Why nothing could be counted, and the remedy."""
-
-    @property
-    def device_bytes(self) -> int:
-        return sum(item.bytes for item in self.items if not item.host)
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(item.bytes for item in self.items if item.host)
 
 
 def estimate_memory(recipe: Recipe) -> Memory:

@@ -8,7 +8,7 @@ import torch
 
 from remix.errors import first_line
 from remix.models.adapters import has_virtual_tokens
-from remix.models.packing import allow_packing
+from remix.models.packing import allow_packing, attention_reach
 from remix.models.policy import Policy
 from remix.types import Prompt, Rollout
 
@@ -16,10 +16,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Most that a log-prob may differ, in nats, by the dtype of the forward. A token in a wrong place differs by more."""
 
 
-def start_packing(policy: Policy, prompts: Sequence[Prompt], *, tokens_per_microbatch: int) -> str | None:
+def start_packing(policy: Policy, prompts: Sequence[Prompt], *, tokens_per_microbatch: int, longest: int) -> str | None:
     """Makes the policy pack its sequences if the model gives them the log-probs that it gives padded ones.
 
     Else says why it does not. `prompts`: of the run, encoded; some of them are tried with responses of random tokens.
+    `longest`: most tokens of a prompt and its response, which are more than those that are tried.
     """
     policy.packs = False
     module = policy.module
@@ -29,12 +30,15 @@ def start_packing(policy: Policy, prompts: Sequence[Prompt], *, tokens_per_micro
         return "the model tells tokens of images from those of text, which may see one another"
     if not all(map(allow_packing, module.backbones)):
         return "model.attn_implementation is not sdpa"
+    reach = min(filter(None, map(attention_reach, module.backbones)), default=longest)
+    if reach < longest:
+        return f"the model's attention reaches back {reach} tokens, and sequences may have {longest}"
     tried = _responses(policy, prompts)
+    padded = policy.score(tried, tokens_per_microbatch=tokens_per_microbatch)
     try:
-        padded = policy.score(tried, tokens_per_microbatch=tokens_per_microbatch)
         policy.packs = True
         packed = policy.score(tried, tokens_per_microbatch=tokens_per_microbatch)
-    except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         policy.packs = False  # whatever a family makes of inputs that it was not made for
         return f"models of type {module.lm.config.model_type} do not take it ({first_line(error)})"
     worst = max((a.logprobs - b.logprobs).abs().max().item() for a, b in zip(padded, packed, strict=True))

@@ -32,16 +32,7 @@ def open_servers(
     Raises ValueError on all ranks where they cannot be had.
     """
 
-    def key_and_urls() -> tuple[str, Sequence[str], Sequence[int]]:
-        if not config.urls:
-            ports = choose_ports(config.port, config.replicas)
-            return secrets.token_urlsafe(32), [f"http://127.0.0.1:{port}" for port in ports], ports
-        key = os.environ.get(KEY, "").strip()
-        if not key:
-            raise ValueError(f"rollout.engine.urls: set {KEY} to the key that the servers were started with")
-        return key, config.urls, ()
-
-    key, urls, ports = _by_the_first(cluster, key_and_urls)
+    key, urls, ports = _by_the_first(cluster, lambda: _key_and_urls(config))
     engine = ServerEngine(
         urls,
         key=key,
@@ -80,6 +71,17 @@ def open_servers(
         engine.close()
         raise
     return engine
+
+
+def _key_and_urls(config: VLLMServerConfig) -> tuple[str, Sequence[str], Sequence[int]]:
+    """And the ports, of servers that are still to be started."""
+    if not config.urls:
+        ports = choose_ports(config.port, config.replicas)
+        return secrets.token_urlsafe(32), [f"http://127.0.0.1:{port}" for port in ports], ports
+    key = os.environ.get(KEY, "").strip()
+    if not key:
+        raise ValueError(f"rollout.engine.urls: set {KEY} to the key that the servers were started with")
+    return key, config.urls, ()
 
 
 def refuse_servers(recipe: Recipe) -> None:

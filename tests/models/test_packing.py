@@ -62,7 +62,7 @@ def prompts_of(*prompts: Sequence[int]) -> list[Prompt]:
 
 
 def packing_refused(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
-    return start_packing(policy, prompts, tokens_per_microbatch=40)
+    return start_packing(policy, prompts, tokens_per_microbatch=40, longest=100)
 
 
 def run(policy: Policy, rollouts: Sequence[Rollout], *, packs: bool) -> tuple[PolicyOutput, dict[str, Tensor]]:

@@ -84,7 +84,7 @@ def align(
     there is no direction to keep, so such an entry is never in I.
     """
     turned = turned_entries(task, global_, important_entries(global_, share=share, importance=importance))
-    return torch.where(turned, global_.to(task.dtype) if reset == "global" else 0, task), turned
+    return put_back(task, global_, turned, reset=reset), turned
 
 
 @torch.no_grad()
@@ -108,6 +108,11 @@ def turned_entries(task: Tensor, global_: Tensor, important: Tensor) -> Tensor:
     """Where in I the signs differ."""
     require_shape(task, global_.shape, "the task's weights")
     return important & (task.sign() != global_.sign())
+
+
+def put_back(task: Tensor, global_: Tensor, turned: Tensor, *, reset: Reset = "global") -> Tensor:
+    """w_i ← g_i, or 0, where it has turned."""
+    return torch.where(turned, global_.to(task.dtype) if reset == "global" else 0, task)
 
 
 def pam(
