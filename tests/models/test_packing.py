@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from remix.config import parse_recipe
 from remix.models.actor_critic import PolicyOutput
 from remix.models.loading import load_actor_critic, load_processor, load_tokenizer
 from remix.models.packing import Packed, pack, packed_microbatches
 from remix.models.policy import Policy, token_tensors
 from remix.models.vision import Vision
 from remix.tasks import encode
+from remix.tracking.run_log import read_metrics
 from remix.training.packable import start_packing
 from remix.types import Prompt, Rollout
-from tests.tiny import make_tiny_vision_model, tiny_recipe
+from tests.tiny import MIX, make_tiny_vision_model, opened, tiny_recipe
 
 
 def response(prompt: Sequence[int], length: int, seed: int, images: tuple[str, ...] = ()) -> Rollout:
@@ -193,8 +193,32 @@ def test_every_response_is_in_one_microbatch() -> None:
         assert pack([ROLLOUTS[i] for i in part]).input_ids.shape[1] <= 12
 
 
-def test_a_recipe_can_ask_for_padding(tiny_model: Path, tmp_path: Path) -> None:
-    plain = tiny_recipe(tiny_model, tmp_path, {}).model_dump(mode="json")
-    assert parse_recipe(plain).batch.pack
-    plain["batch"]["pack"] = False
-    assert not parse_recipe(plain).batch.pack
+def test_a_run_learns_the_same_packed_and_padded(tiny_model: Path, tmp_path: Path) -> None:
+    """Two steps of replay, reference and precedent: the same rollouts, and losses and gradients up to rounding."""
+    lines = []
+    for pack_ in (True, False):
+        # AdamW takes whole steps by what is rounding in a gradient near 0, unless eps is beyond that.
+        optimizer = {"lr": 1e-3, "eps": 1e-2}
+        changes = {"steps": 3, "phases": MIX, "kl": {"weight": 0.1}, "batch": {"pack": pack_}, "optimizer": optimizer}
+        recipe = tiny_recipe(tiny_model, tmp_path / str(pack_), changes)
+        with opened(recipe) as trainer:
+            assert trainer.policy.packs is pack_
+            trainer.fit()
+        lines.append(read_metrics(Path(recipe.run_dir)))
+    packed, padded = lines
+    assert len(packed) == 3
+    for one, other in zip(packed, padded, strict=True):
+        for name in ("reward/mean", "loss/policy", "loss/kl", "grad_norm/policy", "entropy", "ratio/mean"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
+def test_attention_that_reaches_less_far_than_sequences_may_is_refused(
+    tiny_model: Path, tmp_path: Path, key: str
+) -> None:
+    """Whatever the prompts that are tried: responses may be longer."""
+    policy = policy_of(tiny_model, tmp_path)
+    setattr(policy.module.backbones[0].config, key, 99)
+    assert "reaches back 99 tokens, and sequences may have 100" in str(packing_refused(policy, prompts_of(LONG, SHORT)))
+    setattr(policy.module.backbones[0].config, key, 100)
+    assert packing_refused(policy, prompts_of(LONG, SHORT)) is None

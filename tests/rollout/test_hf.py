@@ -18,7 +18,8 @@ from torch import Tensor
 from remix.errors import Interrupted
 from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
-from remix.rollout.hf import HFEngine, SeededSampler
+from remix.rollout.hf import ROUND, HFEngine, SeededSampler
+from remix.rollout.hf_cache import ROOM
 from remix.rollout.sample import rollout_seed
 from remix.types import Completion, Request, Rollout, Sampling
 from tests.rollout.faults import interruption
@@ -272,6 +273,33 @@ def test_an_end_at_the_limit_is_a_stop(policy: Policy) -> None:
     (completion,) = engine_of(policy, eos=first).generate(REQUESTS[:1], Sampling(1))
     assert completion.response_ids.tolist() == first
     assert completion.finish_reason == "stop"
+
+
+def test_ended_responses_leave_the_batch_and_the_others_are_as_before(policy: Policy) -> None:
+    """Over several rounds and a cache that grows: the tokens of one call without any rounds, and the trainer's
+    log-probs."""
+    requests = [Request(PROMPTS[i % 6], i) for i in range(24)]
+    hot, stops = Sampling(3 * ROUND + 5, temperature=3.0), [6]
+    free = ids(engine_of(policy, eos=[]).generate(requests, hot))
+    ends = [next((place + 1 for place, token in enumerate(row) if token in stops), hot.max_tokens) for row in free]
+    assert min(ends) < ROUND < 2 * ROUND < max(ends)
+    assert hot.max_tokens > ROOM
+    stopped = engine_of(policy, eos=stops).generate(requests, hot)
+    assert ids(stopped) == [row[:end] for row, end in zip(free, ends, strict=True)]
+    hotter = Policy(policy.module, policy.tokenizer, device=CPU, temperature=3.0)
+    rollouts = [as_rollout(*pair) for pair in zip(requests, stopped, strict=True)]
+    for rollout, score in zip(rollouts, hotter.score(rollouts, tokens_per_microbatch=500), strict=True):
+        torch.testing.assert_close(rollout.sampler_logprobs, score.logprobs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_that_begins_with_the_padding_token_is_not_a_shorter_one(policy: Policy) -> None:
+    engine = engine_of(policy)
+    requests = [Request((5, 6, 7), 1), Request((engine.pad_id, 5, 6, 7), 2), Request((5, 6, 7), 3)]
+    together = engine.generate(requests, Sampling(8))
+    for request, completion in zip(requests, together, strict=True):
+        (alone,) = engine.generate([request], Sampling(8))
+        assert completion.response_ids.tolist() == alone.response_ids.tolist()
+        torch.testing.assert_close(completion.sampler_logprobs, alone.sampler_logprobs, atol=1e-5, rtol=1e-5)
 
 
 def test_completions_are_compact(policy: Policy) -> None:
