@@ -190,87 +190,94 @@ def wide_cells(chosen: Mapping[str, Settings], rank: int, seeds: int) -> list[Ce
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def write_page(study: Study, rank: int, chosen: Mapping[str, Settings], seeds: int) -> None:
-    """docs/continual.md and docs/continual.png."""
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What the runs that are there say of methods with their chosen settings."""
 
-    def values(method: str, key: str, orders: Iterable[str] = ORDERS) -> dict[tuple[str, int], float]:
-        """By order and seed, of the runs that are there."""
+    study: Study
+    rank: int
+    chosen: Mapping[str, Settings]
+    seeds: int
+
+    def values(self, method: str, key: str, orders: Iterable[str] = ORDERS) -> dict[tuple[str, int], float]:
+        """In percent, by order and seed."""
         cells = {
-            (order, seed): Cell(method, chosen[method], rank, ORDERS[order], seed)
+            (order, seed): Cell(method, self.chosen[method], self.rank, ORDERS[order], seed)
             for order in orders
-            for seed in range(seeds)
+            for seed in range(self.seeds)
         }
-        return {at: 100 * study.results[c.name][key] for at, c in cells.items() if c.name in study.results}
+        results = self.study.results
+        return {at: 100 * results[cell.name][key] for at, cell in cells.items() if cell.name in results}
 
-    def mean_of(method: str, order: str) -> str:
-        acc, bwt = (fmean(values(method, key, [order]).values()) for key in ("ACC", "BWT"))
-        return f"{acc:.1f} / {bwt:+.1f}"
+    def mean(self, method: str, key: str, order: str) -> float:
+        return fmean(self.values(method, key, [order]).values())
 
-    def compared(a: str, b: str, key: str) -> str:
-        of_a, of_b = values(a, key), values(b, key)
-        both = [at for at in of_a if at in of_b]
-        return difference([of_a[at] for at in both], [of_b[at] for at in both])
+    def row(self, method: str) -> list[str]:
+        spreads = (spread([*self.values(method, key).values()]) for key in ("ACC", "BWT", "forgetting", "zero_shot"))
+        return [method, str(len(self.values(method, "ACC"))), *spreads]
 
-    wide = {
-        method: [
-            study.results[cell.name]
-            for cell in wide_cells(chosen, rank, seeds)
-            if cell.method == method and cell.name in study.results
+    def row_by_order(self, method: str) -> list[str]:
+        means = ((self.mean(method, "ACC", order), self.mean(method, "BWT", order)) for order in ORDERS)
+        return [method, *(f"{acc:.1f} / {bwt:+.1f}" for acc, bwt in means)]
+
+    def row_of_bars(self, order: str) -> list[str]:
+        acc, bwt = ({method: self.mean(method, key, order) for method in METHODS} for key in ("ACC", "BWT"))
+        held = [
+            acc["PAM"] >= acc["sequential"] + 5,
+            bwt["PAM"] >= bwt["sequential"] / 2,
+            *(acc["PAM"] > acc[method] for method in ("average", "TIES")),
         ]
-        for method in WIDE_METHODS
-    }
-    wide_rows = [
-        [method, str(len(runs)), *(spread([100 * run[key] for run in runs]) for key in ("ACC", "BWT", "forgetting"))]
-        for method, runs in wide.items()
-        if runs
-    ]
-    rows = [
-        [
-            method,
-            str(len(values(method, "ACC"))),
-            *(spread([*values(method, key).values()]) for key in ("ACC", "BWT", "forgetting", "zero_shot")),
-        ]
-        for method in METHODS
-    ]
-    by_order = [[method, *(mean_of(method, order) for order in ORDERS)] for method in METHODS]
-    wide_table = table(["method", "runs", "ACC", "BWT", "forgetting"], wide_rows)
-    wide_text = "\nAll ten kinds in one order ({order}), with the settings of six tasks:\n\n{rows}\n"
+        return [order, *("yes" if bar else "no" for bar in held)]
 
-    def of(method: str, key: str, order: str) -> float:
-        return fmean(values(method, key, [order]).values())
+    def row_of_pair(self, a: str, b: str) -> list[str]:
+        """Over what both were run on."""
+        pairs = ((self.values(a, key), self.values(b, key)) for key in ("ACC", "BWT"))
+        differences = (difference([of_a[at] - of_b[at] for at in of_a if at in of_b]) for of_a, of_b in pairs)
+        return [f"{a} − {b}", *differences]
 
-    bars = [
-        [
-            order,
-            in_words(of("PAM", "ACC", order) >= of("sequential", "ACC", order) + 5),
-            in_words(of("PAM", "BWT", order) >= of("sequential", "BWT", order) / 2),
-            *(in_words(of("PAM", "ACC", order) > of(method, "ACC", order)) for method in ("average", "TIES")),
+    def wide(self) -> str:
+        """All ten kinds; nothing where they were not run."""
+        found = {method: list[dict[str, Any]]() for method in WIDE_METHODS}
+        for cell in wide_cells(self.chosen, self.rank, self.seeds):
+            if cell.name in self.study.results:
+                found[cell.method].append(self.study.results[cell.name])
+        rows = [
+            [
+                method,
+                str(len(runs)),
+                *(spread([100 * run[key] for run in runs]) for key in ("ACC", "BWT", "forgetting")),
+            ]
+            for method, runs in found.items()
+            if runs
         ]
-        for order in ORDERS
-    ]
-    paired = [[f"{a} − {b}", *(compared(a, b, key) for key in ("ACC", "BWT"))] for a, b in PAIRS]
-    settings = [[method, f"`{json.dumps(chosen[method])}`", str(len(choices))] for method, choices in METHODS.items()]
-    PAGE.parent.mkdir(exist_ok=True)
-    plain = {name: {key: run[key] for key in KEPT} for name, run in sorted(study.results.items())}
+        head = f"\nAll ten kinds in one order ({', '.join(WIDE)}), with the settings of six tasks:\n\n"
+        return head + table(["method", "runs", "ACC", "BWT", "forgetting"], rows) + "\n" if rows else ""
+
+
+def write_page(measured: Measured) -> None:
+    """docs/continual.md, and the picture and the results beside it."""
+    results, chosen = measured.study.results, measured.chosen
+    plain = {name: {key: run[key] for key in KEPT} for name, run in sorted(results.items())}
     SUMMARIES.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    points = {method: tuple([*values(method, key).values()] for key in ("ACC", "BWT")) for method in METHODS}
-    draw(points, PAGE.with_suffix(".png"))
-    PAGE.write_text(
-        PAGE_TEXT.format(
-            scores=table(["method", "runs", "ACC", "BWT", "forgetting", "zero-shot"], rows),
-            by_order=table(["method", *(f"{name}: ACC / BWT" for name in ORDERS)], by_order),
-            wide=wide_text.format(order=", ".join(WIDE), rows=wide_table) if wide_rows else "",
-            bars=table(["order", *BARS], bars),
-            paired=table(["difference", "ACC", "BWT"], paired),
-            settings=table(["method", "settings", "of"], settings),
-            orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
-            seeds=seeds,
-            rank=rank,
-            ranks=" and ".join(map(str, RANKS)),
-            minutes=f"{sum(result['seconds'] for result in study.results.values()) / 60:.0f}",
-        ),
-        encoding="utf-8",
+    draw(
+        {m: ([*measured.values(m, "ACC").values()], [*measured.values(m, "BWT").values()]) for m in METHODS},
+        PAGE.with_suffix(".png"),
     )
+    settings = [[method, f"`{json.dumps(chosen[method])}`", str(len(choices))] for method, choices in METHODS.items()]
+    text = PAGE_TEXT.format(
+        scores=table(["method", "runs", "ACC", "BWT", "forgetting", "zero-shot"], map(measured.row, METHODS)),
+        by_order=table(["method", *(f"{n}: ACC / BWT" for n in ORDERS)], map(measured.row_by_order, METHODS)),
+        wide=measured.wide(),
+        bars=table(["order", *BARS], map(measured.row_of_bars, ORDERS)),
+        paired=table(["difference", "ACC", "BWT"], [measured.row_of_pair(*pair) for pair in PAIRS]),
+        settings=table(["method", "settings", "of"], settings),
+        orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
+        seeds=measured.seeds,
+        rank=measured.rank,
+        ranks=" and ".join(map(str, RANKS)),
+        minutes=f"{sum(result['seconds'] for result in results.values()) / 60:.0f}",
+    )
+    PAGE.write_text(text, encoding="utf-8")
 
 
 PAGE_TEXT = """# Continual learning on `shapes`
@@ -316,7 +323,7 @@ The page is written by `python scripts/study_continual.py`; its runs took {minut
 """
 
 
-def draw(points: Mapping[str, tuple[Sequence[float], ...]], path: Path) -> None:
+def draw(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
@@ -336,22 +343,16 @@ def draw(points: Mapping[str, tuple[Sequence[float], ...]], path: Path) -> None:
     figure.savefig(path)
 
 
-def in_words(held: bool) -> str:
-    return "yes" if held else "no"
-
-
 def spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def difference(a: Sequence[float], b: Sequence[float]) -> str:
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    if len(differences) < 2:
-        return f"{differences[0]:+.1f}"
-    return f"{fmean(differences):+.1f} ± {stdev(differences) / len(differences) ** 0.5:.1f}"
+def difference(values: Sequence[float]) -> str:
+    """Mean and standard error."""
+    return f"{fmean(values):+.1f}" + (f" ± {stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else "")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
 
 
@@ -375,7 +376,7 @@ def main() -> None:
         ]
         study.run(cells, "measured")
     study.run(wide_cells(chosen, rank, options.seeds), "ten tasks")
-    write_page(study, rank, chosen, options.seeds)
+    write_page(Measured(study, rank, chosen, options.seeds))
     print(PAGE)
 
 
