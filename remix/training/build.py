@@ -145,15 +145,15 @@ def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy,
     progress.message(f"trains {trained_share(module.lm)}")
     vision = None if processor is None else Vision(processor, module.lm)
     policy = Policy(module, tokenizer, device=device, temperature=recipe.rollout.temperature, vision=vision)
+    seen = next((prompt for prompt in _prompts([train]) if prompt.images), None)
+    if seen is not None:
+        check_images(recipe, policy, _hf_engine(policy, batch_size=1), seen)
     if recipe.batch.pack:
         tried, budget = [*_prompts([train])], recipe.batch.tokens_per_microbatch
         longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
         refused = start_packing(policy, tried, tokens_per_microbatch=budget, longest=longest)
         if refused is not None:
             progress.message(f"sequences are padded, not packed: {refused}")
-    seen = next((prompt for prompt in _prompts([train]) if prompt.images), None)
-    if seen is not None:
-        check_images(recipe, policy, _hf_engine(policy, batch_size=1), seen)
     return policy, train, held_out
 
 

@@ -110,6 +110,16 @@ def test_under_autocast(trained: bool) -> None:
         torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
 
 
+def test_only_the_head_is_trained() -> None:
+    hidden, head, labels, _ = case(bias=True, num_anchors=0)
+    hidden = hidden.detach()
+    ours, theirs = (
+        torch.autograd.grad(of(hidden, head, labels, LogitRule(chunk=4)).logprobs.sum(), head)
+        for of in (token_statistics, plain)
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 class Largest(TorchDispatchMode):
     """The most numbers in any tensor that an operation makes."""
 
