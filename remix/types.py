@@ -178,7 +178,7 @@ class Sample:
     advantages: Tensor
     """[R] float32."""
     proximal_logprobs: Tensor | None = None
-    """[R] float32, by π_k."""
+    """[R] float32, by π_k; None until the first update's forward where that is what says them."""
     precedent_logprobs: Tensor | None = None
     """[R] float32, by π_{k-1}."""
     values: Tensor | None = None

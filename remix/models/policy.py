@@ -82,6 +82,12 @@ class Policy:
         self._ranks, self._hollow, self._written = ranks, hollow, written
 
     @property
+    def drops_out(self) -> bool:
+        """Whether a forward in training is not the policy's own."""
+        layers = any(layer.p > 0 for layer in self.module.modules() if isinstance(layer, nn.Dropout))
+        return layers or getattr(self.module.lm.config.get_text_config(), "attention_dropout", 0.0) > 0
+
+    @property
     def reader(self) -> Any:
         """What makes the model's inputs of text and images; whoever is given the model needs it too."""
         return self.tokenizer if self.vision is None else self.vision.processor

@@ -100,14 +100,15 @@ class Trainer:
             fresh, samples = self.experience.prepare(
                 fresh, replayed, step=step, kl_lambda=kl_lambda, reference_since=since
             )
+        with watch("updating"):
+            metrics, trained = self.updater.run(samples, step=step, passes=phase.utd_ratio, kl_lambda=kl_lambda)
+            metrics |= self._align(step, int(metrics.get("updates", 0)))
+        fresh = self.experience.completed(fresh, samples, trained)
         if any(later.window for later in self.recipe.phases[self.state.phase.index :]):
             self.replay.add(fresh, step)
         if self.cluster.is_main:
             write_shard(shard_path(self.run_dir, step), step, fresh, dropped)
-        metrics = self._describe(fresh, dropped, replayed, len(samples)) | {"kl/lambda": kl_lambda}
-        with watch("updating"):
-            metrics |= self.updater.run(samples, step=step, passes=phase.utd_ratio, kl_lambda=kl_lambda)
-            metrics |= self._align(step, int(metrics.get("updates", 0)))
+        metrics |= self._describe(fresh, dropped, replayed, len(samples)) | {"kl/lambda": kl_lambda}
         metrics |= self._sync(watch)
         self.state.step = step + 1
         return metrics | watch.metrics()
