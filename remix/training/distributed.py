@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 
 from remix.training.backends import Backend, asked_for, check_launch, prepare_zero
-from remix.training.parcels import Parcel, put_together, take_apart
+from remix.training.parcels import ALIGNMENT, Parcel, put_together, take_apart
 from remix.training.stepper import Stepper, ZeroStepper
 from remix.training.watchdog import Watchdog
 
@@ -186,7 +186,7 @@ class Cluster:
         parcel, array = take_apart(value)
         with self.waiting(stage):
             parcels: list[Parcel] = gather_object([parcel])
-            longest = max(parcel.num_bytes for parcel in parcels)
+            longest = -(-max(parcel.num_bytes for parcel in parcels) // ALIGNMENT) * ALIGNMENT
             if longest:
                 array = torch.nn.functional.pad(array, (0, longest - len(array))).to(self.device)
                 array = gather(array).cpu()

@@ -16,6 +16,8 @@ from remix.types import Rollout, RolloutGroup
 
 DTYPES = (torch.int64, torch.float64, torch.float32, torch.bool, torch.uint8)
 """Of the tensors that travel in the array, widest first, so that each begins where its dtype may."""
+ALIGNMENT = 8
+"""Bytes at whose multiples an array may begin."""
 _TENSORS = tuple(field.name for field in fields(Rollout) if "Tensor" in str(field.type))
 
 
@@ -70,11 +72,12 @@ def put_together(parcel: Parcel, array: Tensor) -> Any:
     start = 0
     for number, dtype in enumerate(DTYPES):
         own = [index for index, of_tensor in enumerate(parcel.dtypes) if of_tensor == number]
-        lengths = [parcel.lengths[index] for index in own]
-        part = array[start : start + sum(lengths) * dtype.itemsize].view(dtype)
-        for index, tensor in zip(own, part.split(lengths) if own else (), strict=True):
-            tensors[index] = tensor.clone()
-        start += sum(lengths) * dtype.itemsize
+        if own:
+            lengths = [parcel.lengths[index] for index in own]
+            end = start + sum(lengths) * dtype.itemsize
+            for index, tensor in zip(own, array[start:end].view(dtype).split(lengths), strict=True):
+                tensors[index] = tensor.clone()
+            start = end
     return _changed(parcel.value, Place, lambda place: tensors[place.number])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remix.models.policy import TokenScores
-from remix.training.parcels import DTYPES, put_together, take_apart
+from remix.training.parcels import ALIGNMENT, DTYPES, put_together, take_apart
 from remix.types import Rollout, RolloutGroup
 from tests.test_replay import assert_same, full_group, group
 
@@ -70,3 +70,19 @@ def test_nothing_is_sent_of_what_holds_no_tensors() -> None:
     parcel, array = take_apart({"loss": 1.5, "names": ["a"]})
     assert (parcel.num_bytes, len(array)) == (0, 0)
     assert put_together(parcel, array) == {"loss": 1.5, "names": ["a"]}
+
+
+def test_arrays_of_several_ranks_behind_one_another() -> None:
+    values = [{"x": torch.tensor([1, 2, 3], dtype=torch.uint8)}, {"y": torch.tensor([1.5], dtype=torch.float64)}, {}]
+    apart = [take_apart(value) for value in values]
+    width = -(-max(parcel.num_bytes for parcel, _ in apart) // ALIGNMENT) * ALIGNMENT
+    assert width == 8
+    rows = torch.stack([torch.nn.functional.pad(array, (0, width - len(array))) for _, array in apart])
+    back = [put_together(parcel, row) for (parcel, _), row in zip(apart, rows, strict=True)]
+    assert [{name: tensor.tolist() for name, tensor in of.items()} for of in back] == [
+        {"x": [1, 2, 3]},
+        {"y": [1.5]},
+        {},
+    ]
+    assert [tensor.dtype for of in back for tensor in of.values()] == [torch.uint8, torch.float64]
+    assert put_together(apart[2][0], torch.empty(3, 0, dtype=torch.uint8)[1]) == {}
