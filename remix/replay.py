@@ -1,7 +1,7 @@
 """What is kept of the rollouts, how lags are drawn, how fresh and stale are mixed.
 
-The store on disk is the rollout log: one Parquet shard per training step, which anyone opens with `datasets` and
-from which a resumed run takes its replay back.
+The store on disk is the rollout log: Parquet shards, one of each process for a training step, which anyone opens with
+`datasets` and from which a resumed run takes its replay back.
 """
 
 from __future__ import annotations
@@ -113,16 +113,31 @@ _SCHEMA = pa.schema(
 )
 
 
-def shard_path(run_dir: Path, step: int) -> Path:
-    return run_dir / "rollouts" / f"step={step:06d}.parquet"
+_NAME = re.compile(r"step=(\d+)(?:-rank=(\d+)-of=(\d+))?\.parquet(\.tmp)?")
 
 
-def write_shard(path: Path, step: int, kept: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup] = ()) -> None:
-    """Writes every rollout of a step; `dropped` groups are logged but not replayed. The file appears whole or not."""
+def shard_path(run_dir: Path, step: int, rank: int = 0, world_size: int = 1) -> Path:
+    """Where one of `world_size` processes writes its part of a step. The step is whole when all of them are there."""
+    part = f"-rank={rank:04d}-of={world_size:04d}" if world_size > 1 else ""
+    return run_dir / "rollouts" / f"step={step:06d}{part}.parquet"
+
+
+def write_shard(
+    path: Path,
+    step: int,
+    kept: Sequence[RolloutGroup],
+    dropped: Sequence[RolloutGroup] = (),
+    only: Iterable[int] | None = None,
+) -> None:
+    """Writes the rollouts of a step; `dropped` groups are logged but not replayed. The file appears whole or not.
+
+    `only`: the groups that are this file's, by their number among all; None = every one.
+    """
+    groups = [*kept, *dropped]
     rows = [
-        _row(step, index, sample, group, rollout, replayable=index < len(kept))
-        for index, group in enumerate([*kept, *dropped])
-        for sample, rollout in enumerate(group.rollouts)
+        _row(step, index, sample, groups[index], rollout, replayable=index < len(kept))
+        for index in (range(len(groups)) if only is None else only)
+        for sample, rollout in enumerate(groups[index].rollouts)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:  # and on the disk: a checkpoint will count on it
@@ -133,13 +148,40 @@ def write_shard(path: Path, step: int, kept: Sequence[RolloutGroup], dropped: Se
 def remove_shards(run_dir: Path, from_step: int) -> None:
     """Takes away what lies beyond the step that a run goes on from, and what a kill left half-written."""
     for path in shard_path(run_dir, 0).parent.iterdir() if shard_path(run_dir, 0).parent.is_dir() else ():
-        named = re.fullmatch(r"step=(\d+)\.parquet(\.tmp)?", path.name)
-        if named is not None and (named[2] or int(named[1]) >= from_step):
+        named = _NAME.fullmatch(path.name)
+        if named is not None and (named[4] or int(named[1]) >= from_step):
             path.unlink()
 
 
+def logged_steps(run_dir: Path) -> dict[int, list[Path]]:
+    """The shards of every step that is there whole, oldest first; of one that a kill cut short there are fewer."""
+    found: dict[tuple[int, int], list[Path]] = {}
+    for path in sorted(shard_path(run_dir, 0).parent.glob("step=*.parquet")):
+        named = _NAME.fullmatch(path.name)
+        if named is not None:
+            found.setdefault((int(named[1]), int(named[3] or 1)), []).append(path)
+    return {step: paths for (step, world_size), paths in sorted(found.items()) if len(paths) == world_size}
+
+
+def shard_step(name: str) -> int | None:
+    """Of a file's name; None where it is no shard's."""
+    named = _NAME.fullmatch(name)
+    return None if named is None else int(named[1])
+
+
+def read_shards(paths: Iterable[Path]) -> list[RolloutGroup]:
+    """The replayable groups of a step from all of its shards, as they were written and in their order. Raises
+    ValueError where a file is not whole."""
+    groups = sorted((numbered for path in paths for numbered in _read(path)), key=lambda numbered: numbered[0])
+    return [group for _, group in groups]
+
+
 def read_shard(path: Path) -> list[RolloutGroup]:
-    """The replayable groups of a step, as they were written. Raises ValueError where the file is not whole."""
+    """Of one shard."""
+    return read_shards([path])
+
+
+def _read(path: Path) -> list[tuple[int, RolloutGroup]]:
     groups: dict[int, list[tuple[Prompt, Rollout]]] = {}
     try:
         for row in _read_table(path).to_pylist():
@@ -148,7 +190,10 @@ def read_shard(path: Path) -> list[RolloutGroup]:
     except (pa.ArrowException, OSError, MemoryError, ValueError, TypeError, LookupError) as error:
         reason = " ".join(printable(str(error)[:500]).split())
         raise ValueError(f"{path}: no whole rollout log ({reason}); resume from a checkpoint before it") from None
-    return [RolloutGroup(members[0][0], tuple(rollout for _, rollout in members)) for members in groups.values()]
+    return [
+        (number, RolloutGroup(members[0][0], tuple(rollout for _, rollout in members)))
+        for number, members in groups.items()
+    ]
 
 
 def _read_table(path: Path) -> pa.Table:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from remix import replay
-from remix.replay import ReplayBuffer, lag_weights, read_shard, shard_path, write_shard
+from remix.replay import (
+    ReplayBuffer,
+    lag_weights,
+    logged_steps,
+    read_shard,
+    read_shards,
+    remove_shards,
+    shard_path,
+    write_shard,
+)
 from remix.types import Prompt, Rollout, RolloutGroup, Score
 
 
@@ -234,6 +243,36 @@ def test_resuming_from_shards_draws_what_the_interrupted_run_would(tmp_path: Pat
     assert [g.prompt.id for g in a] == [g.prompt.id for g in b]
     for one, other in zip(a, b, strict=True):
         assert_same(one, other)
+
+
+def test_the_parts_of_several_processes_are_the_step_of_one(tmp_path: Path) -> None:
+    groups, dropped = [group(4, name) for name in range(4)], [group(4, 9)]
+    write_shard(shard_path(tmp_path, 4), 4, groups, dropped)
+    for rank, only in enumerate(([1, 4], [], [0, 2, 3])):  # one that has none writes its part as well
+        write_shard(shard_path(tmp_path / "three", 4, rank, 3), 4, groups, dropped, only=only)
+    steps = logged_steps(tmp_path / "three")
+    assert [path.name for path in steps[4]] == [f"step=000004-rank={r:04d}-of=0003.parquet" for r in range(3)]
+    one = read_shards(logged_steps(tmp_path)[4])
+    for known, found in zip(one, read_shards(reversed(steps[4])), strict=True):
+        assert_same(known, found)
+    rows, parts = pq.read_table(shard_path(tmp_path, 4)), [pq.read_table(path) for path in steps[4]]
+    assert pa.concat_tables(parts).sort_by([("group", "ascending"), ("sample", "ascending")]).equals(rows)
+
+
+def test_a_step_is_there_when_all_its_parts_are(tmp_path: Path) -> None:
+    for step, ranks in ((0, [0, 1]), (1, [0]), (2, [1, 0])):
+        for rank in ranks:
+            write_shard(shard_path(tmp_path, step, rank, 2), step, [group(step, 0), group(step, 1)], only=[rank])
+    write_shard(shard_path(tmp_path, 3), 3, [group(3, 0)])
+    shard_path(tmp_path, 3, 1, 2).with_name("step=000003-rank=0001-of=0002.parquet.tmp").write_bytes(b"PAR1")
+    shard_path(tmp_path, 3).with_name("notes.txt").write_text("somebody else's")
+    assert {step: len(paths) for step, paths in logged_steps(tmp_path).items()} == {0: 2, 2: 2, 3: 1}
+    remove_shards(tmp_path, from_step=2)
+    assert sorted(path.name for path in shard_path(tmp_path, 0).parent.iterdir()) == [
+        "notes.txt",
+        *(f"step=000000-rank={rank:04d}-of=0002.parquet" for rank in (0, 1)),
+        "step=000001-rank=0000-of=0002.parquet",
+    ]
 
 
 def test_a_shard_without_groups_is_a_shard(tmp_path: Path) -> None:

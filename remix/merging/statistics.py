@@ -21,7 +21,7 @@ from remix.models import shards
 from remix.models.adapters import with_saved_adapter
 from remix.models.loading import load_lm, load_processor, load_tokenizer, placeholder_ids
 from remix.models.vision import Vision
-from remix.replay import read_shard, shard_path
+from remix.replay import logged_steps, read_shards
 from remix.types import Rollout
 
 Kind = Literal["fisher", "gram"]
@@ -41,10 +41,9 @@ class Statistics:
 
 def own_rollouts(run_dir: str, count: int) -> list[Rollout]:
     """The newest of a run, which its last policy sampled or nearly so. Raises ValueError where there are none."""
-    folder = shard_path(Path(run_dir), 0).parent
     found: list[Rollout] = []
-    for path in sorted(folder.glob("step=*.parquet"), reverse=True) if folder.is_dir() else ():
-        groups = read_shard(path)
+    for paths in reversed(logged_steps(Path(run_dir)).values()):
+        groups = read_shards(paths)
         found += [rollout for group in groups for rollout in group.rollouts if len(rollout.response_ids)]
         if len(found) >= count:
             break

@@ -55,11 +55,12 @@ class Sampler:
         texts = [self.decode(completion.response_ids.tolist()) for completion in completions]
         lengths = [len(completion.response_ids) for completion in completions]
         asked = [prompt for prompt in prompts for _ in range(group_size)]
+        prompt_ids = [ids for prompt in prompts for ids in [torch.tensor(prompt.token_ids)] * group_size]
         with watch("scoring"):
             scores = self.rewards.score(asked, texts, lengths)
         rollouts = [
             Rollout(
-                prompt_ids=torch.tensor(request.prompt_ids),
+                prompt_ids=ids,
                 response_ids=completion.response_ids,
                 sampler_logprobs=completion.sampler_logprobs,
                 policy_version=version,
@@ -69,7 +70,9 @@ class Sampler:
                 score=score,
                 images=request.images,
             )
-            for request, completion, text, score in zip(requests, completions, texts, scores, strict=True)
+            for request, ids, completion, text, score in zip(
+                requests, prompt_ids, completions, texts, scores, strict=True
+            )
         ]
         return [
             RolloutGroup(prompt, tuple(rollouts[i * group_size : (i + 1) * group_size]))

@@ -37,6 +37,7 @@ from remix.training.packable import start_packing
 from remix.training.plan import make_plan
 from remix.training.probe import SyncProbe, check_images
 from remix.training.servers import open_servers, refuse_servers
+from remix.training.shards import Shards
 from remix.training.state import TrainState, check_same_run, from_checkpoint, moved_on, run_identity
 from remix.training.update import Updater
 from remix.types import Engine, Prompt
@@ -109,6 +110,7 @@ def open_trainer(
             experience=Experience(recipe, policy, cluster),
             updater=updater,
             replay=replay,
+            shards=Shards(run_dir, cluster, {} if saved is None else saved.state[checkpoint.FILES]),
             log=log,
             progress=progress,
             state=state,

@@ -17,12 +17,14 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    gather,
     gather_object,
 )
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store as default_store
 
 from remix.training.backends import Backend, asked_for, check_launch, prepare_zero
+from remix.training.parcels import ALIGNMENT, Parcel, put_together, take_apart
 from remix.training.stepper import Stepper, ZeroStepper
 from remix.training.watchdog import Watchdog
 
@@ -181,8 +183,18 @@ class Cluster:
         """One value of every rank."""
         if self.world_size == 1:
             return [value]
+        parcel, array = take_apart(value)
         with self.waiting(stage):
-            return gather_object([value])  # type: ignore[no-any-return]
+            parcels: list[Parcel] = gather_object([parcel])
+            longest = -(-max(parcel.num_bytes for parcel in parcels) // ALIGNMENT) * ALIGNMENT
+            if longest:
+                array = torch.nn.functional.pad(array, (0, longest - len(array))).to(self.device)
+                array = gather(array).cpu()
+        of_ranks = array.view(self.world_size, longest)
+        return [
+            value if rank == self.rank else put_together(parcel, of_rank)
+            for rank, (parcel, of_rank) in enumerate(zip(parcels, of_ranks, strict=True))
+        ]
 
     def any(self, value: bool, stage: str) -> bool:
         """Whether it is true on any rank."""

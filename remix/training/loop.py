@@ -18,7 +18,7 @@ from remix.evaluation.evaluate import evaluate, training_metrics
 from remix.evaluation.exam import Exam, Question, Response, respond
 from remix.merging.continual import Alignment
 from remix.models.policy import Policy
-from remix.replay import ReplayBuffer, shard_path, write_shard
+from remix.replay import ReplayBuffer
 from remix.rollout.sample import Sampler
 from remix.tasks import PromptStream, named_apart
 from remix.tracking.progress import Progress
@@ -31,6 +31,7 @@ from remix.training.interruption import Interruption
 from remix.training.phases import ends
 from remix.training.probe import SyncProbe
 from remix.training.reincarnation import reincarnate
+from remix.training.shards import Shards
 from remix.training.state import TrainState, to_checkpoint, whole_tensors
 from remix.training.update import Updater
 from remix.types import Prompt, Rollout, RolloutGroup, Sampling
@@ -54,6 +55,7 @@ class Trainer:
     experience: Experience
     updater: Updater
     replay: ReplayBuffer
+    shards: Shards
     log: RunLog
     progress: Progress
     state: TrainState
@@ -106,8 +108,7 @@ class Trainer:
         fresh = self.experience.completed(fresh, samples, trained)
         if any(later.window for later in self.recipe.phases[self.state.phase.index :]):
             self.replay.add(fresh, step)
-        if self.cluster.is_main:
-            write_shard(shard_path(self.run_dir, step), step, fresh, dropped)
+        self.shards.write(step, fresh, dropped)
         metrics |= self._describe(fresh, dropped, replayed, len(samples)) | {"kl/lambda": kl_lambda}
         metrics |= self._sync(watch)
         self.state.step = step + 1
@@ -133,11 +134,14 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this moment."""
         rng = self.cluster.gather(checkpoint.rng_tensors(), "the checkpoint")
+        files = self.shards.files(self.replay.versions)
         self.progress.stage("saving")
         with self.cluster.waiting("the checkpoint"):
             tensors = whole_tensors(self.state, self.policy, self.updater, keep=self.cluster.is_main)
         if self.cluster.is_main:
-            whole = to_checkpoint(self.state, tensors, self.updater, self.replay, self.recipe, self.identity, rng)
+            whole = to_checkpoint(
+                self.state, tensors, self.updater, self.replay, files, self.recipe, self.identity, rng
+            )
             keep, best = self.recipe.checkpoint.keep, self.state.best_step
             checkpoint.save(self.run_dir, self.state.step, whole, keep=keep, best_step=best)
         self.cluster.barrier("the checkpoint")

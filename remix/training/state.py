@@ -17,9 +17,8 @@ from torch import Tensor
 from remix import checkpoint
 from remix.checkpoint import Checkpoint
 from remix.config import Recipe, changed_keys, dump_recipe, parse_recipe
-from remix.durable import sha256
 from remix.models.policy import Policy, Snapshot
-from remix.replay import ReplayBuffer, read_shard, shard_path
+from remix.replay import ReplayBuffer, read_shards, shard_step
 from remix.tasks import TaskSet
 from remix.training.phases import PhaseState
 from remix.training.update import Updater
@@ -92,19 +91,19 @@ def to_checkpoint(
     tensors: dict[str, dict[str, Tensor]],
     updater: Updater,
     replay: ReplayBuffer,
+    shards: Mapping[str, str],
     recipe: Recipe,
     identity: Mapping[str, str],
     rng: Sequence[Mapping[str, Tensor]],
 ) -> Checkpoint:
-    """`tensors`: as `whole_tensors` gives them; `identity`: of what the run was begun with; `rng`: the random
-    generators of every rank."""
+    """`tensors`: as `whole_tensors` gives them; `shards`: those that the replay is read back from; `identity`: of what
+    the run was begun with; `rng`: the random generators of every rank."""
     tensors["rng"] = {f"{rank}.{name}": value for rank, states in enumerate(rng) for name, value in states.items()}
-    shards = [shard_path(Path(recipe.run_dir), version) for version in replay.versions]
     plain = {
         "state": asdict(state),
         "skipped_in_a_row": updater.skipped_in_a_row,
         "replay_versions": replay.versions,
-        checkpoint.FILES: {shard.relative_to(recipe.run_dir).as_posix(): sha256(shard) for shard in shards},
+        checkpoint.FILES: dict(shards),
         "recipe": dump_recipe(recipe),
         # Once an adapter was folded into them, the frozen weights are in the checkpoint too.
         "identity": {name: value for name, value in identity.items() if name != FROZEN or not state.base_merged},
@@ -127,7 +126,8 @@ def from_checkpoint(
     if generators:  # there are none for a rank that the run did not have before
         checkpoint.load_rng(generators)
     for version in saved.state["replay_versions"]:
-        replay.add(read_shard(shard_path(run_dir, version)), version)
+        shards = [name for name in saved.state[checkpoint.FILES] if shard_step(Path(name).name) == version]
+        replay.add(read_shards(run_dir / name for name in shards), version)
     return TrainState.from_plain(saved.state["state"])
 
 

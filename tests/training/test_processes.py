@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from remix.config import Recipe, dump_recipe
+from remix.replay import logged_steps
 from scripts.prove_resume import TWO_PROCESSES
 from tests.tiny import MIX, ROOT, tiny_recipe
 from tests.training.test_degenerate import GAE, metrics_of
@@ -64,6 +67,20 @@ def test_two_processes_train_the_same_model_as_one(tiny_model: Path, tmp_path: P
             assert alone.get(name) == together.get(name)
         for name in ("loss/policy", "kl/update", "entropy", "ess", "grad_norm/policy"):
             assert alone[name] == pytest.approx(together[name], rel=1e-3, abs=1e-6)
+    shards = {processes: logged_steps(tmp_path / f"run{processes}") for processes in (1, 2)}
+    for step in range(2):
+        logs = [
+            pa.concat_tables([pq.read_table(path) for path in shards[processes][step]])
+            .select(["group", "sample", "prompt_id", "response_ids", "reward", "replayable"])
+            .sort_by([("group", "ascending"), ("sample", "ascending")])
+            for processes in (1, 2)
+        ]
+        assert [len(shards[processes][step]) for processes in (1, 2)] == [1, 2], "each process writes its part"
+        assert logs[0].equals(logs[1]) or step, "the first step's responses are the same, and so is their order"
+        assert logs[0].num_rows == logs[1].num_rows
+        tokens = [sum(map(len, pq.read_table(path)["response_ids"].to_pylist())) for path in shards[2][step]]
+        longest = max(map(len, logs[1]["response_ids"].to_pylist())) + 8
+        assert abs(tokens[0] - tokens[1]) <= 4 * longest, "about as many tokens"
     start = load_file(tiny_model / "model.safetensors")
     for name, weights in final[1].items():
         moved = (weights - start[name]).abs().max()
