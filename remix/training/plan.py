@@ -188,14 +188,12 @@ def _anchor_forwards(recipe: Recipe, phase: PhaseConfig) -> AnchorForwards:
     # The exact KL keeps no log-probs: it passes the whole batch through the anchor at every update.
     whole = rollouts * phase.utd_ratio if recipe.kl.estimator == "full" else None
     # In the reward the KL is part of what a rollout earned when it was sampled, and is not taken again.
-    precedent = fresh if recipe.kl.place == "reward" else rollouts
-    ahead = fresh * recipe.rollout.overlap  # sampled by the precedent, so it is asked for their log-probs anyway
+    precedent = (whole or (fresh if recipe.kl.place == "reward" else rollouts)) * recipe.kl.uses_precedent
+    ahead = fresh * recipe.rollout.overlap  # sampled by the precedent, which is asked for their log-probs anyway
     return AnchorForwards(
         proximal=rollouts,
         reference=(whole or fresh) * (recipe.kl.weight > 0),
-        precedent=whole * recipe.kl.uses_precedent + ahead
-        if whole
-        else max(precedent * recipe.kl.uses_precedent, ahead),
+        precedent=precedent + ahead if whole else max(precedent, ahead),
         critic=rollouts * isinstance(recipe.critic, SeparateCritic),
     )
 
