@@ -119,6 +119,7 @@ def test_it_is_the_run_that_samples_the_next_step_before_each_update(
                 t.replay.add(fresh, step)
             t.updater.run(samples, step=step, passes=t._phase.utd_ratio, kl_lambda=kl_lambda)
             t._sync(SILENT)
+            t.state.step = step + 1
             t.state.phase.record({})
             for mine, theirs in zip(fresh, read_shard(shard_path(whole[0], step)), strict=True):
                 for one, other in zip(mine.rollouts, theirs.rollouts, strict=True):
