@@ -252,7 +252,7 @@ def build_engine(
 
         return EngineProcess(
             recipe.model.path,
-            weights=lambda: policy.engine_weights(config),
+            weights=None if recipe.rollout.overlap else lambda: policy.engine_weights(config),
             message=message,
             device=policy.device,
             timeout=config.timeout,

@@ -13,7 +13,16 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from remix.config import GAEAdvantage, HFEngineConfig, MixPolicyPhase, Recipe, SeparateCritic, nearest
-from remix.training.memory import DTYPE_BYTES, FLOAT32, Memory, MemoryItem, Part, Totals, critic_parameters
+from remix.training.memory import (
+    DTYPE_BYTES,
+    FLOAT32,
+    Memory,
+    MemoryItem,
+    Part,
+    Totals,
+    critic_parameters,
+    handed_bytes,
+)
 from remix.training.model_shape import ModelShape, find_shape
 from remix.training.plan import PhasePlan, Plan
 
@@ -198,14 +207,10 @@ def exchange_bytes(backend: Backend, memory: Memory, count: int, world: int) -> 
 
 
 def sync_bytes(recipe: Recipe, memory: Memory, shape: ModelShape) -> int:
-    """Handed to one engine: 0 to the trainer's own module; a LoRA by itself, 4·T; all weights, 4·N where they are
-    trained, else N in the model's dtype, the adapter merged into them."""
-    engine = recipe.rollout.engine
-    if isinstance(engine, HFEngineConfig):
+    """Handed to one engine: 0 to the trainer's own module; see `handed_bytes`."""
+    if isinstance(recipe.rollout.engine, HFEngineConfig):
         return 0
-    if engine.lora == "hot_swap":
-        return FLOAT32 * ((memory.trained or 0) - critic_parameters(recipe, shape))
-    return shape.parameters * (FLOAT32 if recipe.adapter.type == "none" else DTYPE_BYTES[recipe.model.dtype])
+    return handed_bytes(recipe, shape, (memory.trained or 0) - critic_parameters(recipe, shape))
 
 
 def gather_bytes(items: int, each: int, world: int) -> int:
@@ -267,7 +272,7 @@ def _traffic(
         seconds = step_operations(recipe, phase, shape) / (machines.tflops * 1e12 * world)
         rate = tokens / seconds
         if machines.seconds is not None and machines.seconds > seconds:
-            for_step = tokens / (machines.seconds - seconds)
+            for_step = tokens / (machines.seconds - seconds * (not recipe.rollout.overlap))
     return PhaseTraffic(
         type=phase.type,
         rollouts=gather_bytes(phase.fresh_prompts, group_bytes(prompt, response, phase.group_size), world),

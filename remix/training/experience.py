@@ -59,8 +59,13 @@ class Experience:
         rollouts = [rollout for group in [*fresh, *replayed] for rollout in group.rollouts]
         num_fresh = group_size * len(fresh)
         proximal, values = self._proximal(rollouts, with_values=gae)
-        for index in range(num_fresh):
-            rollouts[index] = replace(rollouts[index], behaviour_logprobs=proximal[index])
+
+        # What was sampled while the last step updated is by the policy as that began: π_{k-1}.
+        ahead = [r for r in rollouts[:num_fresh] if r.policy_version < step]
+        by_precedent = [s.logprobs for s in self._score(ahead, self.policy.precedent)] if ahead else []
+        assert len(by_precedent) in (0, num_fresh), "the fresh rollouts of a step are all by one policy"
+        for index, logprobs in enumerate(by_precedent or proximal[:num_fresh]):
+            rollouts[index] = replace(rollouts[index], behaviour_logprobs=logprobs)
         if kl.weight and kl.estimator != "full":
             unknown = [
                 i for i, r in enumerate(rollouts) if r.reference_logprobs is None or r.policy_version < reference_since
@@ -72,7 +77,8 @@ class Experience:
         if kl.uses_precedent and kl.estimator != "full":
             # In the reward the KL is that of the policy which sampled, so only fresh rollouts are asked about.
             asked = num_fresh if kl.place == "reward" else len(rollouts)
-            precedent[:asked] = [s.logprobs for s in self._score(rollouts[:asked], self.policy.precedent)]
+            others = self._score(rollouts[len(by_precedent) : asked], self.policy.precedent)
+            precedent[:asked] = [*by_precedent, *(score.logprobs for score in others)]
         if kl.uses_precedent and kl.place == "reward":
             for index in range(num_fresh):
                 rollouts[index] = replace(rollouts[index], precedent_logprobs=precedent[index])

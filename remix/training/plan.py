@@ -188,11 +188,12 @@ def _anchor_forwards(recipe: Recipe, phase: PhaseConfig) -> AnchorForwards:
     # The exact KL keeps no log-probs: it passes the whole batch through the anchor at every update.
     whole = rollouts * phase.utd_ratio if recipe.kl.estimator == "full" else None
     # In the reward the KL is part of what a rollout earned when it was sampled, and is not taken again.
-    precedent = fresh if recipe.kl.place == "reward" else rollouts
+    precedent = (whole or (fresh if recipe.kl.place == "reward" else rollouts)) * recipe.kl.uses_precedent
+    ahead = fresh * recipe.rollout.overlap  # sampled by the precedent, which is asked for their log-probs anyway
     return AnchorForwards(
         proximal=rollouts,
         reference=(whole or fresh) * (recipe.kl.weight > 0),
-        precedent=(whole or precedent) * recipe.kl.uses_precedent,
+        precedent=precedent + ahead if whole else max(precedent, ahead),
         critic=rollouts * isinstance(recipe.critic, SeparateCritic),
     )
 
@@ -286,6 +287,12 @@ def _notes(recipe: Recipe, phases: tuple[PhasePlan, ...], memory: Memory) -> Ite
         )
     if recipe.drops_uniform_groups:
         yield "Groups whose rewards are all equal are left out of the updates, so batches may be smaller than planned."
+    if recipe.rollout.overlap:
+        yield (
+            "While a step is scored and updates, the next is sampled (rollout.overlap): a step takes as long as the "
+            "longer of the two, and from the second step of a phase on fresh rollouts are one policy old (policy_lag "
+            "1), replayed ones up to window + 1."
+        )
     if any(phase.steps.low != phase.steps.high for phase in phases):
         yield "Where a trigger depends on what the run measures, counts are bounds over all its possible ends."
     if memory.unknown:
