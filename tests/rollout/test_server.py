@@ -227,6 +227,7 @@ class TestTwoServers:
             assert time.monotonic() - started < 20
 
     def test_an_abandoned_call_ends_and_so_does_each_until_the_next_sync(self, case: Case) -> None:
+        case.sync(case.second)
         expected = case.here.generate(REQUESTS, SAMPLING)
         timer = threading.Timer(0.2, case.there.abandon)
         timer.start()
