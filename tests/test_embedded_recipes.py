@@ -21,16 +21,19 @@ def train(name: str, run_dir: Path, *overrides: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+def assert_whole(final: Path, adapter: str) -> None:
+    names = {path.name for path in final.iterdir()}
+    assert {"tokenizer.json", "README.md"} <= names
+    assert ("adapter_model.safetensors" in names) == (adapter == "lora")
+    assert ("model.safetensors" in names) == (adapter == "none")
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_two_steps(name: str, adapter: str, tmp_path: Path) -> None:
+def test_two_steps_of_a_lora(name: str, tmp_path: Path) -> None:
     group = 1 if "ppo" in name else 8
-    quick = [f"adapter.type={adapter}", f"batch.prompts={64 // group}", "eval.prompts=8", "max_steps=2"]
+    quick = ["adapter.type=lora", f"batch.prompts={64 // group}", "eval.prompts=8", "max_steps=2"]
     assert train(name, tmp_path, *quick)["steps"] == 2
-    final = {path.name for path in (tmp_path / "final").iterdir()}
-    assert {"tokenizer.json", "README.md"} <= final
-    assert ("adapter_model.safetensors" in final) == (adapter == "lora")
-    assert ("model.safetensors" in final) == (adapter == "none")
+    assert_whole(tmp_path / "final", "lora")
 
 
 # Steps enough for several standard errors of an evaluation on 512 problems, .02 each; what was seen when the recipes
@@ -39,8 +42,10 @@ def test_two_steps(name: str, adapter: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "steps", "gain"), [("remix_grpo", 4, 0.10), ("remix_ppo", 4, 0.12), ("grpo", 12, 0.10), ("ppo", 10, 0.10)]
 )
-def test_learns(name: str, steps: int, gain: float, tmp_path: Path) -> None:
+def test_full_weights_learn(name: str, steps: int, gain: float, tmp_path: Path) -> None:
     assert RECIPES == ["grpo", "ppo", "remix_grpo", "remix_ppo"]
     result = train(name, tmp_path, f"max_steps={steps}", "eval.every=0")
+    assert result["steps"] == steps
+    assert_whole(tmp_path / "final", "none")
     assert 0.2 < result["base_pass_at_1"] < 0.35
     assert result["final_pass_at_1"] > result["base_pass_at_1"] + gain

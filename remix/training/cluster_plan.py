@@ -37,8 +37,10 @@ SHARED: Mapping[Backend, frozenset[Part]] = {
 """What processes hold each a W-th of."""
 ZERO_BUCKET = 500_000_000
 """Gradients that DeepSpeed gathers before it sends them: its buffer is allocated whole (reduce_bucket_size)."""
-TENSOR_HEADER, TEXT_BYTES, ID_BYTES, OBJECT_BYTES = 310, 4, 5, 100
-"""Of pickles: around a tensor's values, a token's text, a prompt's token id, the rest of a rollout."""
+SENT, HELD = 20, 310
+"""Bytes around a tensor's values, when it is sent and when it is in memory."""
+TEXT_BYTES, ID_BYTES, OBJECT_BYTES = 4, 5, 80
+"""Of objects: a token's text, a prompt's token id, the rest of a rollout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,21 +218,21 @@ def sync_bytes(recipe: Recipe, memory: Memory, shape: ModelShape) -> int:
 def gather_bytes(items: int, each: int, world: int) -> int:
     """Received by a process where all get what each made of its share: (W - 1)·⌈items/W⌉·each.
 
-    Objects are pickled, and every process's are padded to the longest.
+    Every process's are padded to the longest.
     """
     return (world - 1) * -(-items // world) * each
 
 
-def group_bytes(prompt: int, response: int, group_size: int, floats: int = 1) -> int:
-    """A pickled group, as it comes from the samplers: (5 + 4)·P for the prompt, and for each of G rollouts 8·P + 8·R of
-    token ids, 4·R of text, 4·R of each of its log-probs, and what a pickle puts around tensors."""
-    rollout = 8 * prompt + (8 + TEXT_BYTES + 4 * floats) * response + (2 + floats) * TENSOR_HEADER + OBJECT_BYTES
-    return (ID_BYTES + TEXT_BYTES) * prompt + group_size * rollout
+def group_bytes(prompt: int, response: int, group_size: int, floats: int = 1, around: int = SENT) -> int:
+    """A group, as it comes from the samplers: (8 + 5 + 4)·P for the prompt's tokens, twice, and its text; for each of G
+    rollouts 8·R of token ids, 4·R of text, 4·R of each of its log-probs; and what is around tensors."""
+    rollout = (8 + TEXT_BYTES + 4 * floats) * response + (1 + floats) * around + OBJECT_BYTES
+    return (8 + ID_BYTES + TEXT_BYTES) * prompt + around + group_size * rollout
 
 
 def score_bytes(response: int, *, with_values: bool) -> int:
-    """What a policy says of a response, pickled: 4·R of log-probs, as many of values."""
-    return (1 + with_values) * (4 * response + TENSOR_HEADER)
+    """What a policy says of a response: 4·R of log-probs, as many of values."""
+    return (1 + with_values) * (4 * response + SENT)
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ def _traffic(
         for count in (anchors.reference, anchors.precedent):
             scores += gather_bytes(count, score_bytes(response, with_values=False), world)
     config = recipe.phases[index]
-    stored = group_bytes(prompt, response, phase.group_size, floats=4)
+    stored = group_bytes(prompt, response, phase.group_size, floats=4, around=HELD)
     tokens = phase.fresh_rollouts * response
     seconds = rate = for_step = None
     if shape is not None:

@@ -30,18 +30,17 @@ REMIX: dict[str, Any] = {
 }
 PPO = REMIX | {"advantage": GAE}
 LORA = REMIX | {"adapter": {"type": "lora", "rank": 4, "alpha": 8}, "reincarnation": {"lora": "merge"}}
-FAULT = "nan_losses=2"
-FAULTY = ("tests.faults.plant", FAULT, "--")
+FAULTY = ("tests.faults.plant", "nan_losses=2", "--")
 
 
-def run_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The run of one process, in this one."""
+def run_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, updates: str = "2") -> Path:
+    """The run of one process, in this one. `updates`: whose loss is NaN."""
     from remix.training.distributed import Cluster
     from remix.training.update import Updater
 
     for owner, name in ((Updater, "accumulate"), (Cluster, "backward")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # puts back what is planted
-    plant.nan_losses(FAULT.partition("=")[2])
+    plant.nan_losses(updates)
     train.run(recipe)
     monkeypatch.undo()
     return Path(recipe.run_dir)
@@ -78,11 +77,15 @@ def test_full_weights_and_a_critic(tiny_model: Path, tmp_path: Path, monkeypatch
 def test_a_lora_that_is_folded_in_and_a_run_that_goes_on(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On what one process has saved, before the reincarnation."""
     recipe = tiny_recipe(tiny_model, tmp_path / "one", LORA)
-    one = run_alone(recipe, monkeypatch)
+    # The second of those after HALF, since until then there are two steps of two passes in two minibatches.
+    one = run_alone(recipe, monkeypatch, updates="10")
+    rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    assert [row["updates/skipped"] for row in rows] == [0, 0, 1, 0]
     run_dir, log = tmp_path / "fsdp2", tmp_path / "fsdp2.log"
-    launch("fsdp2", [written(recipe, tmp_path), f"run_dir={run_dir}", f"max_steps={HALF}"], log, module=FAULTY)
-    launch("fsdp2", ["--resume", str(run_dir), "max_steps=null"], log)
+    cut(one, run_dir)
+    launch("fsdp2", ["--resume", str(run_dir)], log, module=FAULTY)
     assert list(differences(one, run_dir)) == []
 
 

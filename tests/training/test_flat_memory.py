@@ -24,7 +24,7 @@ STEPS = 200
 COUNTED = (60, 100, 160, 200)
 SLACK = 4 << 20
 """Bytes by which the process may grow from steps 60-100 to steps 160-200: 40 KiB a step. Fragments of the heap come to
-a quarter of it; a kept copy of the trained weights would be 400 KB a step, and rollouts are counted as tensors."""
+a quarter of it; a kept copy of the trained weights would be 270 KB a step, and rollouts are counted as tensors."""
 CHANGES: dict[str, Any] = {
     "steps": STEPS,
     "phases": [{"type": "mix_policy", "off_policy_fraction": 0.5, "window": 4, "utd_ratio": 1}],
@@ -62,10 +62,11 @@ def observe(model: Path, run_dir: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_memory_is_flat_over_200_steps(tiny_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.training.test_flat_memory", tiny_model, tmp_path / "run", tmp_path / "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads((tmp_path / "out").read_text())
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))

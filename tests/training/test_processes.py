@@ -1,4 +1,4 @@
-"""Two processes through `accelerate launch` are the same run as one."""
+"""Two processes through `accelerate launch` are the same run as one without."""
 
 from __future__ import annotations
 
@@ -8,36 +8,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from remix import train
 from remix.config import Recipe, dump_recipe
-from remix.replay import logged_steps
+from remix.replay import ReplayBuffer, logged_steps, read_shards
 from scripts.prove_resume import TWO_PROCESSES
-from tests.tiny import MIX, ROOT, tiny_recipe
+from tests.test_replay import assert_same
+from tests.tiny import MIX, ROOT, opened, tiny_recipe
 from tests.training.test_degenerate import GAE, metrics_of
 
 
-def launch(recipe: Recipe, folder: Path, *, processes: int) -> None:
-    path = folder / "recipe.yaml"
+def launch(recipe: Recipe, folder: Path) -> None:
+    """With two processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_recipe(recipe))
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if processes == 1:
-        command += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
-    else:
-        (folder / "accelerate.yaml").write_text(TWO_PROCESSES)
-        command += ["--config_file", str(folder / "accelerate.yaml")]
-        environment["ACCELERATE_USE_CPU"] = "true"
-    command += ["-m", "remix.train", str(path)]
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (folder / "accelerate.yaml").write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    command += ["-m", "remix.train", str(folder / "recipe.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     with (folder / "output.txt").open("w+", encoding="utf-8") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         try:
-            status = process.wait(timeout=200)
+            status = process.wait(timeout=400)
         except subprocess.TimeoutExpired:
             process.terminate()  # a rank that hangs says so when its grace is over
             status = process.wait(timeout=60)
@@ -56,11 +54,9 @@ def test_two_processes_train_the_same_model_as_one(tiny_model: Path, tmp_path: P
         "advantage": advantage,
         "optimizer": {"eps": 1e-3},
     }
-    final = {}
-    for processes in (1, 2):
-        run_dir = tmp_path / f"run{processes}"
-        launch(tiny_recipe(tiny_model, run_dir, changes), tmp_path / f"launch{processes}", processes=processes)
-        final[processes] = load_file(run_dir / "final" / "model.safetensors")
+    train.run(tiny_recipe(tiny_model, tmp_path / "run1", changes))
+    launch(tiny_recipe(tiny_model, tmp_path / "run2", changes), tmp_path / "launch")
+    final = {processes: load_file(tmp_path / f"run{processes}" / "final" / "model.safetensors") for processes in (1, 2)}
     one, two = metrics_of(tmp_path / "run1"), metrics_of(tmp_path / "run2")
     for alone, together in zip(one, two, strict=True):
         for name in ("rollouts", "batch/rollouts", "batch/replayed", "reward/mean", "tokens/lag=0", "eval/pass@1"):
@@ -81,6 +77,18 @@ def test_two_processes_train_the_same_model_as_one(tiny_model: Path, tmp_path: P
         tokens = [sum(map(len, pq.read_table(path)["response_ids"].to_pylist())) for path in shards[2][step]]
         longest = max(map(len, logs[1]["response_ids"].to_pylist())) + 8
         assert abs(tokens[0] - tokens[1]) <= 4 * longest, "about as many tokens"
+    # A process alone reads what both have written.
+    with opened(tiny_recipe(tiny_model, tmp_path / "run2", changes), resume=True) as trainer:
+        draw = {"step": 2, "window": 2, "distribution": "uniform"}
+        drawn = trainer.replay.draw(9, **draw, rng=np.random.default_rng(0))
+        known = ReplayBuffer(2)
+        for step, paths in shards[2].items():
+            known.add(read_shards(paths), step)
+        expected = known.draw(9, **draw, rng=np.random.default_rng(0))
+        assert trainer.replay.versions == [0, 1]
+        assert [group.prompt.id for group in drawn] == [group.prompt.id for group in expected]
+        for one_group, other in zip(drawn, expected, strict=True):
+            assert_same(one_group, other)
     start = load_file(tiny_model / "model.safetensors")
     for name, weights in final[1].items():
         moved = (weights - start[name]).abs().max()
