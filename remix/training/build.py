@@ -151,7 +151,8 @@ def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy,
     if recipe.batch.pack:
         tried, budget = [*_prompts([train])], recipe.batch.tokens_per_microbatch
         longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
-        refused = start_packing(policy, tried, tokens_per_microbatch=budget, longest=longest)
+        told = progress.message
+        refused = start_packing(policy, tried, tokens_per_microbatch=budget, longest=longest, message=told)
         if refused is not None:
             progress.message(f"sequences are padded, not packed: {refused}")
     return policy, train, held_out
