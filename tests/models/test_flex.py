@@ -63,7 +63,9 @@ def test_the_mask_is_the_tree(rollouts: list[Rollout]) -> None:
     room[:length, :length] = allowed
     by_tile = room.view(tiles, SIZE, tiles, SIZE).transpose(1, 2)
     partly, wholly = (
-        torch.stack([torch.zeros(tiles).index_fill(0, which[:many].long(), 1) for many, which in zip(*listed)]).bool()
+        torch.stack(
+            [torch.zeros(tiles).index_fill(0, which[:many].long(), 1) for many, which in zip(*listed, strict=True)]
+        ).bool()
         for listed in (
             (mask.kv_num_blocks[0, 0], mask.kv_indices[0, 0]),
             (mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0]),  # type: ignore[index]
