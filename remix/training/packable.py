@@ -45,7 +45,8 @@ def start_packing(
     if reach < longest:
         return f"the model's attention reaches back {reach} tokens, and sequences may have {longest}"
     tried = _responses(policy, prompts)
-    padded = policy.score(tried, tokens_per_microbatch=tokens_per_microbatch)
+    with torch.compiler.set_stance("force_eager"):  # a run that packs has no use for compiled blocks that pad
+        padded = policy.score(tried, tokens_per_microbatch=tokens_per_microbatch)
     if policy.device.type in FLEX_DEVICES:
         refused = _refused(policy, tried, padded, tokens_per_microbatch, flex=True)
         if refused is None:
