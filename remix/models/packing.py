@@ -128,6 +128,14 @@ def pack(rollouts: Sequence[Rollout]) -> Packed:
     return Packed(torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(before), labels_N, tuple(blocks))
 
 
+class Row:
+    """What attention is told of a packed row. No tuple, since torch.compile looks into those: it would compile a block
+    of the model anew for every number of prompts."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.blocks, self.mask = packed.blocks, packed.mask
+
+
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +146,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed: Packed | None = None,
+    packed: Row | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -164,21 +172,21 @@ def packed_attention(
         return attended.transpose(1, 2).contiguous(), None
     times = query.shape[1] // key.shape[1]
     heads_alike = (query, *(t.repeat_interleave(times, 1) for t in (key, value)))
-    return block_by_block(*heads_alike, packed.blocks, scale=scaling, dropout_p=dropout), None
+    return block_by_block(*heads_alike, packed, scale=scaling, dropout_p=dropout), None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _longest(packed: Packed) -> int:
-    return max(block.prompts[1] + block.places.shape[1] for block in packed.blocks)
+def _longest(row: Row) -> int:
+    return max(block.prompts[1] + block.places.shape[1] for block in row.blocks)
 
 
 # Of each micro-batch other blocks: it would be compiled without end.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def block_by_block(query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Block, ...], **options: Any) -> Tensor:
+def block_by_block(query: Tensor, key: Tensor, value: Tensor, row: Row, **options: Any) -> Tensor:
     """Of [1, h, L, d] each, to [1, L, h, d]. `options`: of `scaled_dot_product_attention`."""
     q_LHD, k_LHD, v_LHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     outputs = list[Tensor]()
-    for block in blocks:
+    for block in row.blocks:
         (count, length), begin, first = block.prompts, block.start, block.first_response
         of_prompts = [t[begin:first].unflatten(0, (count, length)) for t in (q_LHD, k_LHD, v_LHD)]
         outputs.append(_heads_first(of_prompts, is_causal=True, **options).flatten(0, 1))
@@ -225,5 +233,5 @@ def packed_inputs(packed: Packed) -> dict[str, Any]:
         "input_ids": packed.input_ids,
         "position_ids": packed.positions,
         "attention_mask": mask,
-        "packed": packed,
+        "packed": Row(packed),
     }

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import flex_attention as torchs
 
 from remix.models.flex import SIZE, spans, tree_mask
-from remix.models.packing import Packed, pack, packed_attention
+from remix.models.packing import Packed, Row, pack, packed_attention
 from remix.training import packable
 from remix.types import Rollout
 from tests.models.test_packing import LONG, ROLLOUTS, SHORT, policy_of, prompts_of, response, run
@@ -91,7 +91,7 @@ def test_attention_with_shared_keys_scale_and_softcap(softcap: float | None) -> 
     torch.manual_seed(0)
     given = [torch.randn(1, heads, length, 16, requires_grad=True) for heads in (4, 2, 2)]
     module = SimpleNamespace(training=True)
-    by_flex, _ = packed_attention(module, *given, None, packed=row, scaling=0.4, softcap=softcap)
+    by_flex, _ = packed_attention(module, *given, None, packed=Row(row), scaling=0.4, softcap=softcap)
     query, key, value = given[0], *(tensor.repeat_interleave(2, 1) for tensor in given[1:])
     scores = query @ key.transpose(2, 3) * 0.4
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -102,11 +102,11 @@ def test_attention_with_shared_keys_scale_and_softcap(softcap: float | None) -> 
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
     if softcap is None:
-        blocks, _ = packed_attention(module, *given, None, packed=row._replace(mask=None), scaling=0.4)
+        blocks, _ = packed_attention(module, *given, None, packed=Row(row._replace(mask=None)), scaling=0.4)
         torch.testing.assert_close(by_flex, blocks, atol=1e-5, rtol=1e-5)
     else:
         with pytest.raises(ValueError, match="softcap"):
-            packed_attention(module, *given, None, packed=row._replace(mask=None), softcap=softcap)
+            packed_attention(module, *given, None, packed=Row(row._replace(mask=None)), softcap=softcap)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_bfloat16_takes_the_precision_of_the_forward() -> None:
     given[2] = given[2].bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         by_flex, by_block = (
-            packed_attention(SimpleNamespace(training=True), *given, None, packed=packed)[0]
+            packed_attention(SimpleNamespace(training=True), *given, None, packed=Row(packed))[0]
             for packed in (row, row._replace(mask=None))
         )
     assert by_flex.dtype == by_block.dtype == torch.bfloat16

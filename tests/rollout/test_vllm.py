@@ -328,7 +328,7 @@ class TestOwnEngine:
 
     def test_it_sleeps_between_calls_and_its_cache_through_a_sync(self, path: str, model: Qwen2ForCausalLM) -> None:
         """Whose memory a CPU does not give back, but vLLM keeps books of it all the same."""
-        other = tiny_model(tied=False, seed=1)
+        other = tiny_model(tied=True, seed=1)
         engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03, sleep=True)
         executor = engine._llm.llm_engine.engine_core.engine_core.model_executor  # type: ignore[attr-defined]
         requests = [Request(SHORT_PROMPT, seed) for seed in range(2)]
