@@ -142,7 +142,7 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
         yield (
             f"reincarnation.lora merge needs adapter.type lora or ia3: {_NOT_FOLDED[adapter.type]}; set it to snapshot"
         )
-    if adapter.type == "prefix" and recipe.model.gradient_checkpointing:
+    if adapter.type == "prefix" and recipe.model.gradient_checkpointing is True:
         yield (
             "adapter.type prefix sits in the attention cache, which model.gradient_checkpointing does without: "
             "set that to false, or adapter.type to prompt"

@@ -40,6 +40,9 @@ class VLLMEngineConfig(Block):
     kv_cache_gib: PositiveFloat = 0.25
     """Cache size on a machine without a GPU."""
     enforce_eager: bool = False
+    sleep: bool = False
+    """vLLM gives its memory of the GPU back whenever it does not sample: its weights wait in the host's memory, its
+    cache is forgotten. Then memory_fraction may be as large as if it had the GPU to itself. Not on a CPU."""
 
 
 class VLLMServerConfig(Block):

@@ -75,6 +75,8 @@ class Policy:
         self._written: Callable[[], None] = lambda: None
         self.packs = False
         """Whether sequences are packed in one row; see `remix.models.packing`."""
+        self.flex = False
+        """Whether FlexAttention attends to such a row."""
 
     def share_out(self, ranks: Ranks, hollow: Hollow | None, written: Callable[[], None]) -> None:
         """The module now belongs to a backend. `hollow`: a copy of the language model, where its parameters are shared
@@ -270,7 +272,7 @@ class Policy:
         return list(microbatches([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], max_tokens))
 
     def packed(self, rollouts: Sequence[Rollout]) -> Packed | None:
-        return pack(rollouts).to(self.device) if self.packs else None
+        return pack(rollouts).to(self.device, masked=self.flex) if self.packs else None
 
     def multimodal(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         """The further inputs of the model's forward on these sequences, packed or padded as the policy has them."""

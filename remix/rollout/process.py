@@ -100,6 +100,7 @@ class EngineProcess:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order, as `VLLMEngine.generate`."""
+        self._make_room()
         frame = frames.pack_requests(requests, sampling)
 
         def ask(child: _Child) -> frames.Message:
@@ -114,6 +115,7 @@ class EngineProcess:
 
     def sync(self, weights: Weights) -> None:
         """Takes over all weights, as `VLLMEngine.sync`, one by one, so that no second copy of all is made."""
+        self._make_room()
         self._synced = True
         self._abandoned.clear()
         if self._kept is not None:
@@ -154,6 +156,11 @@ class EngineProcess:
             except BaseException:
                 self._end()  # its answer would be taken for that to the next call
                 raise
+
+    def _make_room(self) -> None:
+        """For a child that wakes up."""
+        if self._arguments.get("sleep") and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def _start(self) -> _Child:
         if torch.cuda.is_initialized():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from remix.config import GAEAdvantage, HFEngineConfig, MixPolicyPhase, Recipe, SeparateCritic, nearest
+from remix.training.backends import Backend as Launch
 from remix.training.memory import (
     DTYPE_BYTES,
     FLOAT32,
@@ -35,6 +36,13 @@ SHARED: Mapping[Backend, frozenset[Part]] = {
     "fsdp2": frozenset({"weights", "gradients", "moments"}),
 }
 """What processes hold each a W-th of."""
+NAMES: Mapping[Launch, Backend] = {
+    Launch.DDP: "none",
+    Launch.ZERO2: "zero2",
+    Launch.ZERO3: "zero3",
+    Launch.FSDP2: "fsdp2",
+}
+"""Of the backends that a run is launched under."""
 ZERO_BUCKET = 500_000_000
 """Gradients that DeepSpeed gathers before it sends them: its buffer is allocated whole (reduce_bucket_size)."""
 SENT, HELD = 20, 310
@@ -240,12 +248,13 @@ def score_bytes(response: int, *, with_values: bool) -> int:
 
 def step_operations(recipe: Recipe, phase: PhasePlan, shape: ModelShape) -> float:
     """Floating-point operations of scoring and updates: 2·M a token forward and 4·M backward, of M parameters in
-    matrices; with frozen weights backward is 2·M, with gradient checkpointing there is one more forward.
+    matrices; with frozen weights backward is 2·M, with gradient checkpointing there is one more forward, and under
+    auto may be.
 
     Attention's own products and the sampling are left out.
     """
     matrices = shape.parameters - (0 if shape.tied else shape.vocab_size * shape.hidden_size)
-    again = 2 * recipe.model.gradient_checkpointing
+    again = 2 * (recipe.model.gradient_checkpointing is not False)
     update = 2 + (4 if recipe.adapter.type == "none" else 2) + again
     longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
     trained, anchors = phase.tokens * phase.utd_ratio, phase.anchor_forwards

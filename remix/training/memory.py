@@ -106,6 +106,7 @@ def _items(recipe: Recipe, shape: ModelShape, trained: int, critic: int) -> Iter
     yield MemoryItem("logits of a chunk", chunk * shape.vocab_size * FLOAT32 * LOGITS_COPIES)
     if isinstance(recipe.rollout.engine, VLLMEngineConfig):
         yield MemoryItem(f"vLLM weights, {recipe.model.dtype}", model_bytes)
+        yield MemoryItem("vLLM weights while it sleeps", model_bytes * recipe.rollout.engine.sleep, host=True)
         if recipe.rollout.engine.lora == "hot_swap":
             yield MemoryItem(f"vLLM LoRA, {recipe.model.dtype}", trained * DTYPE_BYTES[recipe.model.dtype])
         yield MemoryItem("vLLM cache", int(recipe.rollout.engine.kv_cache_gib * 2**30))

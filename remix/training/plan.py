@@ -32,7 +32,15 @@ from remix.config import (
     VLLMServerConfig,
 )
 from remix.evaluation.overrides import evaluation_responses
+from remix.training.activations import (
+    Activations,
+    Checkpointing,
+    choose_checkpointing,
+    device_memory,
+    estimate_activations,
+)
 from remix.training.memory import Memory, estimate_memory
+from remix.training.model_shape import find_shape
 from remix.training.refusals import is_local, refuse_contradictions
 from remix.training.schedule import first_step_rollouts, schedules, step_rollouts
 
@@ -119,6 +127,10 @@ class Plan:
     evaluation_rollouts: int
     memory: Memory
     """Of one process."""
+    activations: Activations | None
+    """Of one process; None = the model's size is unknown."""
+    checkpointing: Checkpointing
+    """As it would be decided on this machine."""
     notes: tuple[str, ...]
     """Assumptions behind the numbers."""
 
@@ -133,6 +145,8 @@ def make_plan(recipe: Recipe, world_size: int = 1) -> Plan:
         return _span(sum(of_phase(*pair) for pair in zip(phases, schedule, strict=True)) for schedule in lengths)
 
     evaluations, memory = _evaluations(recipe), estimate_memory(recipe)
+    shape = None if memory.unknown else find_shape(recipe.model)
+    here = device_memory() if recipe.model.gradient_checkpointing == "auto" else (0, "")
     return Plan(
         run_dir=recipe.run_dir,
         model=recipe.model.path,
@@ -151,6 +165,8 @@ def make_plan(recipe: Recipe, world_size: int = 1) -> Plan:
         evaluations=evaluations,
         evaluation_rollouts=evaluations * evaluation_responses(recipe),
         memory=memory,
+        activations=None if shape is None else estimate_activations(recipe, shape),
+        checkpointing=choose_checkpointing(recipe, memory, here, world_size=world_size),
         notes=tuple(_notes(recipe, phases, memory)),
     )
 
@@ -297,7 +313,9 @@ def _notes(recipe: Recipe, phases: tuple[PhasePlan, ...], memory: Memory) -> Ite
         yield "Where a trigger depends on what the run measures, counts are bounds over all its possible ends."
     if memory.unknown:
         return
-    yield "Memory leaves out activations, which follow batch.tokens_per_microbatch."
+    yield "Activations come on top while a micro-batch of batch.tokens_per_microbatch is computed."
+    if recipe.model.gradient_checkpointing == "auto":
+        yield "model.gradient_checkpointing auto is decided when the run starts, by the memory of its own device."
     if isinstance(recipe.rollout.engine, VLLMEngineConfig):
         yield (
             f"On a GPU vLLM takes memory_fraction {recipe.rollout.engine.memory_fraction:g} of it, "
