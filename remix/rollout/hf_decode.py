@@ -53,7 +53,7 @@ def decode(
     logprobs_NR = torch.zeros(len(requests), max_tokens, device=device)
     ended_B = torch.zeros(len(requests), dtype=torch.bool, device=device)
     seen_all = positions_B1.new_ones(1, 1, 1, 1)  # of this shape it is taken as a mask made already, and is not used
-    with attending(lm):
+    with attending(lm), torch.inference_mode():
         for step in range(max_tokens):
             if step:
                 logits_BV = lm(
