@@ -22,7 +22,7 @@ from remix.types import Completion, Request, Sampling
 TRIED = 4
 """Tokens by which it is seen whether a model can do without `generate`."""
 TOLERANCE = {False: 1e-3, True: 0.1}
-"""Most that a log-prob may differ then, in nats, by whether autocast rounds. A token in a wrong place differs by more."""
+"""Most that a log-prob may differ then, in nats, by whether it is computed in less than float32."""
 
 
 class SeededSampler(LogitsProcessor):  # type: ignore[misc]
@@ -136,8 +136,15 @@ class HFEngine:
     def _decoded(self, requests: Sequence[Request], sampling: Sampling) -> tuple[Tensor, Tensor]:
         sampler = SeededSampler([request.seed for request in requests], sampling, self.device, self.never)
         ends = torch.tensor(sorted(self.eos_ids), dtype=torch.long, device=self.device)
-        options = {"max_tokens": sampling.max_tokens, "ends": ends, "pad": self.pad_id, "further": self._seen}
-        return decode(self._base, requests, sampler.draw, **options)
+        return decode(
+            self._base,
+            requests,
+            sampler.draw,
+            max_tokens=sampling.max_tokens,
+            ends=ends,
+            pad=self.pad_id,
+            further=self._seen,
+        )
 
     def _generated(self, requests: Sequence[Request], sampling: Sampling) -> tuple[Tensor, Tensor]:
         """By transformers' own loop, which takes every model."""
@@ -167,7 +174,8 @@ class HFEngine:
             return False
         pictured = any(request.images for request in requests)
         if pictured not in self._tried:
-            self._tried[pictured] = self._off_by(requests) <= TOLERANCE[torch.is_autocast_enabled(self.device.type)]
+            rounds = torch.is_autocast_enabled(self.device.type) or self._base.dtype != torch.float32
+            self._tried[pictured] = self._off_by(requests) <= TOLERANCE[rounds]
         return self._tried[pictured]
 
     def _off_by(self, requests: Sequence[Request]) -> float:
@@ -184,7 +192,9 @@ class HFEngine:
             ids_1S = torch.cat([torch.tensor(request.prompt_ids, device=self.device), found.response_ids])[None]
             seen = self._seen([request], ids_1S.shape[1], on_the_left=False)
             seen = {name: tensor.to(self.device) for name, tensor in seen.items()}
-            logits_RV = self._base(input_ids=ids_1S, use_cache=False, **seen).logits[0, len(request.prompt_ids) - 1 : -1]
+            logits_RV = self._base(input_ids=ids_1S, use_cache=False, **seen).logits[
+                0, len(request.prompt_ids) - 1 : -1
+            ]
             logits_RV[:, list(self.never)] = -torch.inf
             plain_R = logits_RV.float().log_softmax(-1).gather(-1, found.response_ids[:, None])[:, 0]
             worst = max(worst, (plain_R - found.sampler_logprobs).abs().max().item())

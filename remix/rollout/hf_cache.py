@@ -6,7 +6,7 @@ those that a row keeps itself; h heads of keys, H of queries, G = H / h of them 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
-from remix.models.packing import attention_reach
+from remix.models import packing
 
 ROOM = 64
 """Tokens that a row's own part grows by when it is full."""
@@ -26,6 +26,8 @@ SHARED = 64
 where both are short."""
 ATTENTION = "remix_decoding"
 """transformers' name for the attention below."""
+WITHOUT_CAP = ("sdpa", packing.ATTENTION)
+"""Attention of transformers to which a cap on the scores makes no difference."""
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -64,12 +66,12 @@ class Shared:
 
     layers: list[tuple[Tensor, Tensor]]
     """[F, h, P, D], keys and values."""
-    bias_F11P: Tensor
-    """-inf at padding, else 0."""
-    rows_FM: Tensor
-    """Rows of each prompt; row 0 again where it has fewer."""
-    place_B: Tensor
-    """Where each row is in `rows_FM`, counted through it."""
+    bias: Tensor
+    """[F, 1, 1, P], -inf at padding, else 0."""
+    rows: Tensor
+    """[F, M], of each prompt; row 0 again where it has fewer."""
+    places: Tensor
+    """[B], where each row is in `rows`, counted through it."""
 
 
 class Decoding(Cache):  # type: ignore[misc]
@@ -82,6 +84,8 @@ class Decoding(Cache):  # type: ignore[misc]
         self.shared: Shared | None = None
         self.bias: Tensor | None = None
         """[B, 1, 1, room], -inf at padding of what a row keeps itself; None = there is none."""
+        self.caps = True
+        """Whether scores are capped where the model has a cap, which its own attention may pass over."""
         kept = [(layer.keys, layer.values) for layer in prompts.layers]
         bias_FP = torch.zeros(mask_FP.shape, device=mask_FP.device).masked_fill_(mask_FP == 0, -torch.inf)
         if mask_FP.shape[1] >= SHARED and len(prompt_of_B) > len(mask_FP):
@@ -101,7 +105,7 @@ class Decoding(Cache):  # type: ignore[misc]
         self._prompt_of_B = self._prompt_of_B[rows]
         if self.shared is not None:
             left, self._prompt_of_B = self._prompt_of_B.unique(return_inverse=True)
-            layers, bias = self.shared.layers, self.shared.bias_F11P
+            layers, bias = self.shared.layers, self.shared.bias
             if len(left) < len(bias):
                 layers, bias = [(keys[left], values[left]) for keys, values in layers], bias[left]
             self.shared = Shared(layers, bias, *_table(self._prompt_of_B, len(left)))
@@ -149,6 +153,7 @@ def decoding_attention(
     if wanted:
         raise ValueError(f"its attention has {wanted[0]}")
     heads, width = key.shape[1], query.shape[-1]
+    softcap = softcap if decoding.caps else None
     query_BhGD = query.reshape(len(query), heads, -1, width) * (width**-0.5 if scaling is None else scaling)
     own = _scores(query_BhGD, key, decoding.padding(key.shape[-2]), softcap)
     if decoding.shared is None:
@@ -156,14 +161,14 @@ def decoding_attention(
     else:
         shared = decoding.shared
         keys, values = shared.layers[module.layer_idx]
-        rows_FM = shared.rows_FM
+        rows_FM = shared.rows
         query_FhND = query_BhGD[rows_FM].transpose(1, 2).flatten(2, 3)  # N = M * G
-        scores = _scores(query_FhND, keys, shared.bias_F11P, softcap)
-        parts = [_unnormalised(own, value)]
-        for part in _unnormalised(scores, values):
-            spread = part.unflatten(2, (rows_FM.shape[1], -1)).transpose(1, 2).flatten(0, 1)
-            parts.append(spread[shared.place_B])
-        out_BhGD = _joined(parts[0], tuple(parts[1:])).to(value.dtype)
+        scores = _scores(query_FhND, keys, shared.bias, softcap)
+        of_prompts = [
+            part.unflatten(2, (rows_FM.shape[1], -1)).transpose(1, 2).flatten(0, 1)[shared.places]
+            for part in _unnormalised(scores, values)
+        ]
+        out_BhGD = _joined(_unnormalised(own, value), of_prompts).to(value.dtype)
     return out_BhGD.reshape(len(query), 1, heads * query_BhGD.shape[2], -1), None
 
 
@@ -181,7 +186,7 @@ def _unnormalised(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor
     return (weights.to(value.dtype) @ value).float(), weights.sum(-1, keepdim=True), largest
 
 
-def _joined(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> Tensor:
+def _joined(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     """What attention to both parts at once would give."""
     difference = other[2] - one[2]
     ours, theirs = (-difference).clamp(max=0).exp(), difference.clamp(max=0).exp()
@@ -189,12 +194,13 @@ def _joined(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> Tensor:
 
 
 @contextmanager
-def attending(lm: Any) -> Iterator[None]:
+def attending(lm: Any, decoding: Decoding) -> Iterator[None]:
     """Meanwhile the model attends as above."""
     AttentionInterface.register(ATTENTION, decoding_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     config = lm.config.get_text_config()
     own = config._attn_implementation
+    decoding.caps = own not in WITHOUT_CAP
     config._attn_implementation = ATTENTION
     try:
         yield
@@ -205,7 +211,7 @@ def attending(lm: Any) -> Iterator[None]:
 def keeps_keys_and_values(lm: Any, longest: int) -> bool:
     """Whether a transformers model keeps whole keys and values of all of `longest` tokens, and nothing else."""
     layers = DynamicCache(config=lm.config).layers
-    reach = attention_reach(lm)
+    reach = packing.attention_reach(lm)
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return bool(layers) and plain and (reach is None or longest <= reach)
 

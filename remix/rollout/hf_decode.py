@@ -44,37 +44,31 @@ def decode(
     cache = prompt_cache()
     inputs = {"input_ids": ids_UP, "attention_mask": mask_UP, "position_ids": (mask_UP.cumsum(-1) - 1).clamp(min=0)}
     logits_BV = lm(**inputs, **seen, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[prompt_of_B, -1]
-
     state = Decoding(cache, mask_UP, prompt_of_B)
     del cache  # its tensors go as the state takes them over
+
     positions_B1 = mask_UP.sum(-1, keepdim=True)[prompt_of_B]
     rows_B = torch.arange(len(requests), device=device)
     tokens_NR = torch.zeros(len(requests), max_tokens, dtype=torch.long, device=device)
     logprobs_NR = torch.zeros(len(requests), max_tokens, device=device)
     ended_B = torch.zeros(len(requests), dtype=torch.bool, device=device)
-    seen_all = positions_B1.new_ones(1, 1, 1, 1)  # of this shape it is taken as a mask made already, and is not used
-    with attending(lm), torch.inference_mode():
+    # Of this shape it is taken as a mask made already, and is not used.
+    step_inputs = {"attention_mask": positions_B1.new_ones(1, 1, 1, 1), "past_key_values": state, "decoding": state}
+    with attending(lm, state), torch.inference_mode():
         for step in range(max_tokens):
-            if step:
-                logits_BV = lm(
-                    input_ids=tokens_B[:, None],
-                    position_ids=positions_B1,
-                    attention_mask=seen_all,
-                    past_key_values=state,
-                    use_cache=True,
-                    decoding=state,
-                ).logits[:, -1]
-                positions_B1 += 1
             tokens_B, logprobs_NR[rows_B, step] = draw(logits_BV, rows_B, step)
             tokens_NR[rows_B, step] = tokens_B
             ended_B |= torch.isin(tokens_B, ends)
             count = int(ended_B.sum())
-            if count == len(rows_B):
+            if count == len(rows_B) or step + 1 == max_tokens:
                 break
-            if count * LEAVE >= len(rows_B) and step + 1 < max_tokens:
+            if count * LEAVE >= len(rows_B):
                 kept = (~ended_B).nonzero()[:, 0]
                 state.keep(kept)
                 rows_B, tokens_B, positions_B1, ended_B = (t[kept] for t in (rows_B, tokens_B, positions_B1, ended_B))
+            at = {"input_ids": tokens_B[:, None], "position_ids": positions_B1}
+            logits_BV = lm(**at, **step_inputs, use_cache=True).logits[:, -1]
+            positions_B1 += 1
     return tokens_NR, logprobs_NR
 
 
