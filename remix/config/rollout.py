@@ -10,7 +10,7 @@ from remix.config.block import Block, Fraction
 
 
 class HFEngineConfig(Block):
-    """transformers' `generate` on the trainer's own module."""
+    """transformers on the trainer's own module."""
 
     type: Literal["hf"] = "hf"
     batch_size: PositiveInt = 256
