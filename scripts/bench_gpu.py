@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace, folder: Path, length: int, adapter: dic
             )
             for index, (rollout, score) in enumerate(zip(rollouts, scores, strict=True))
         ]
-        seconds = timed(lambda step: updater.run(samples, step=step, passes=1, kl_lambda=0.0), options.updates)
+        seconds = timed(lambda step: updater.run(samples, step=step, passes=1, kl_lambda=0.0)[0], options.updates)
         cluster.forget()
     done = work(options.prompts, options.prompt, options.group, length)
     found = operations(done, size, (memory.trained or 0) if adapter["type"] == "lora" else 0)
