@@ -55,11 +55,7 @@ class Experience:
         rollouts = [rollout for group in [*fresh, *replayed] for rollout in group.rollouts]
         num_fresh = group_size * len(fresh)
         proximal = self._proximal(rollouts, with_values=gae)
-
-        # What was sampled while the last step updated is by the policy as that began: π_{k-1}.
-        ahead = [r for r in rollouts[:num_fresh] if r.policy_version < step]
-        by_precedent = self._score(ahead, self.policy.precedent) if ahead else []
-        assert len(by_precedent) in (0, num_fresh), "the fresh rollouts of a step are all by one policy"
+        by_precedent = self._by_precedent(rollouts[:num_fresh], step)
         for index, of_sampler in enumerate(by_precedent or proximal[:num_fresh]):
             rollouts[index] = replace(rollouts[index], behaviour_logprobs=of_sampler.logprobs)
         if kl.weight and kl.estimator != "full":
@@ -101,6 +97,12 @@ class Experience:
         ]
         samples = [sample for sample in samples if self._trainable(sample)]
         return complete, self._with_returns(samples, kl_lambda) if gae and samples else samples
+
+    def _by_precedent(self, fresh: Sequence[Rollout], step: int) -> list[TokenScores]:
+        """Of what was sampled while the last step updated, by the policy as that began: π_{k-1}. Else nothing."""
+        ahead = [rollout for rollout in fresh if rollout.policy_version < step]
+        assert len(ahead) in (0, len(fresh)), "the fresh rollouts of a step are all by one policy"
+        return self._score(ahead, self.policy.precedent) if ahead else []
 
     def _proximal(self, rollouts: Sequence[Rollout], *, with_values: bool) -> list[TokenScores]:
         if self.recipe.imitates:  # no ratio compares a demonstration with what the policy was
