@@ -59,11 +59,7 @@ class Experience:
         rollouts = [rollout for group in [*fresh, *replayed] for rollout in group.rollouts]
         num_fresh = group_size * len(fresh)
         proximal, values = self._proximal(rollouts, with_values=gae)
-
-        # What was sampled while the last step updated is by the policy as that began: π_{k-1}.
-        ahead = [r for r in rollouts[:num_fresh] if r.policy_version < step]
-        by_precedent = [s.logprobs for s in self._score(ahead, self.policy.precedent)] if ahead else []
-        assert len(by_precedent) in (0, num_fresh), "the fresh rollouts of a step are all by one policy"
+        by_precedent = self._by_precedent(rollouts[:num_fresh], step)
         for index, logprobs in enumerate(by_precedent or proximal[:num_fresh]):
             rollouts[index] = replace(rollouts[index], behaviour_logprobs=logprobs)
         if kl.weight and kl.estimator != "full":
@@ -105,6 +101,12 @@ class Experience:
         ]
         samples = [sample for sample in samples if self._trainable(sample)]
         return complete, self._with_returns(samples, kl_lambda) if gae and samples else samples
+
+    def _by_precedent(self, fresh: Sequence[Rollout], step: int) -> list[Tensor]:
+        """Of what was sampled while the last step updated, by the policy as that began: π_{k-1}. Else nothing."""
+        ahead = [rollout for rollout in fresh if rollout.policy_version < step]
+        assert len(ahead) in (0, len(fresh)), "the fresh rollouts of a step are all by one policy"
+        return [score.logprobs for score in self._score(ahead, self.policy.precedent)] if ahead else []
 
     @staticmethod
     def completed(
