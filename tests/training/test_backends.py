@@ -138,6 +138,7 @@ def test_a_configuration_that_contradicts_the_recipe_is_refused(environment: dic
     ("changes", "key", "refusing"),
     [
         ({"kl": {"estimator": "full"}}, "kl.estimator full", {Backend.FSDP2, Backend.ZERO3}),
+        ({"model": {"compile": True}}, "model.compile", {Backend.FSDP2, Backend.ZERO3}),
         ({"adapter": {"type": "ia3"}}, "adapter.type ia3", {Backend.FSDP2, Backend.ZERO3}),
         (
             {"rollout": {"engine": {"type": "vllm", "own_process": True}}},
