@@ -20,6 +20,7 @@ import httpx
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,7 +35,6 @@ from remix.rollout.server import ServerEngine
 from remix.rollout.vllm import VLLMEngine
 from remix.training.plan import make_plan
 from remix.types import Completion, Request, Sampling
-from scripts.prove_resume import TWO_PROCESSES
 from tests.rollout.faults import alive, interruption, later, listening
 from tests.tiny import EMBEDDED, ROOT, make_picture_task, make_tiny_model, opened, tiny_recipe
 
@@ -396,17 +396,18 @@ def test_servers_end_with_a_run_that_is_killed(tmp_path: Path, vllm_model: Path)
 
 
 def test_two_ranks_train_with_one_server_that_the_run_starts(tmp_path: Path) -> None:
-    """The first starts it and hands over weights; both sample, the next step while one updates; evaluation too. An
-    untied head."""
+    """The first starts it and hands over weights, which neither holds whole; both sample, the next step while one
+    updates; evaluation too. An untied head."""
     model = make_tiny_model(tmp_path / "model", tie=False)
-    (tmp_path / "accelerate.yaml").write_text(TWO_PROCESSES)
+    fsdp2 = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(fsdp2 | {"num_processes": 2, "main_process_port": 0}))
     done = subprocess.run(
         [sys.executable, "-m", "remix.cli", "train", "--config_file", str(tmp_path / "accelerate.yaml"),
          str(EMBEDDED / "grpo.yaml"), "batch.prompts=8", "eval.prompts=8", "max_steps=3", "log.trackers=[]",
          f"model.path={model}", "rollout.engine={type: vllm_server, kv_cache_gib: 0.06}", f"run_dir={tmp_path / 'run'}",
          "rewards=[{type: length, free_tokens: 1, max_tokens: 24}]", "optimizer.lr=1e-3", "batch.minibatches=1",
          "rollout.overlap=true"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}, capture_output=True,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -160,7 +160,13 @@ def test_the_bytes_are_those_that_are_sent(tiny_model: Path, tmp_path: Path) -> 
         scores = t.policy.score([r for group in groups for r in group.rollouts], tokens_per_microbatch=4096)
     prompt = max(len(group.prompt.token_ids) for group in groups)
     longest = max(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
-    assert 0.7 < sent(groups) / (6 * group_bytes(prompt, longest, 4)) <= 1
+
+    def worded(rollout: Rollout) -> Rollout:  # a token of a vocabulary of words; one of the tiny model's is a letter
+        return replace(rollout, text="word" * len(rollout.response_ids))
+
+    words = [replace(group, rollouts=tuple(map(worded, group.rollouts))) for group in groups]
+    assert sent(groups) < sent(words)
+    assert 0.7 < sent(words) / (6 * group_bytes(prompt, longest, 4)) <= 1
     assert 0.7 < sent([[score] for score in scores]) / (24 * score_bytes(longest, with_values=False)) <= 1
 
     def lengthened(rollout: Rollout) -> Rollout:
@@ -169,8 +175,8 @@ def test_the_bytes_are_those_that_are_sent(tiny_model: Path, tmp_path: Path) -> 
 
     long = [replace(group, rollouts=tuple(map(lengthened, group.rollouts))) for group in groups]
     assert 0.98 < sent(long) / (6 * group_bytes(prompt, 4000, 4)) <= 1
-    both = [TokenScores(torch.rand(4000), torch.rand(4000)) for _ in range(8)]
-    assert 0.98 < sent(both) / (8 * score_bytes(4000, with_values=True)) <= 1
+    both = [TokenScores(torch.rand(4000), torch.rand(4000)) for _ in range(64)]
+    assert 0.98 < sent(both) / (64 * score_bytes(4000, with_values=True)) <= 1
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
