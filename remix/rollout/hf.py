@@ -192,9 +192,7 @@ class HFEngine:
             ids_1S = torch.cat([torch.tensor(request.prompt_ids, device=self.device), found.response_ids])[None]
             seen = self._seen([request], ids_1S.shape[1], on_the_left=False)
             seen = {name: tensor.to(self.device) for name, tensor in seen.items()}
-            logits_RV = self._base(input_ids=ids_1S, use_cache=False, **seen).logits[
-                0, len(request.prompt_ids) - 1 : -1
-            ]
+            logits_RV = self._base(input_ids=ids_1S, use_cache=True, **seen).logits[0, len(request.prompt_ids) - 1 : -1]
             logits_RV[:, list(self.never)] = -torch.inf
             plain_R = logits_RV.float().log_softmax(-1).gather(-1, found.response_ids[:, None])[:, 0]
             worst = max(worst, (plain_R - found.sampler_logprobs).abs().max().item())
