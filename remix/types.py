@@ -117,6 +117,13 @@ class Engine(Protocol):
         """Give back memory and processes."""
 
 
+class RemoteEngine(Engine, Protocol):
+    """An engine in processes of its own: another thread may call it while the trainer computes."""
+
+    def abandon(self) -> None:
+        """From any thread: the call under way ends soon, by Interrupted, as does each until the next sync."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
     """One response with everything that is known of it. Fields that are None are not known yet."""
@@ -178,7 +185,7 @@ class Sample:
     advantages: Tensor
     """[R] float32."""
     proximal_logprobs: Tensor | None = None
-    """[R] float32, by π_k."""
+    """[R] float32, by π_k; None until the first update's forward where that is what says them."""
     precedent_logprobs: Tensor | None = None
     """[R] float32, by π_{k-1}."""
     values: Tensor | None = None

@@ -53,7 +53,11 @@ def main() -> None:
     console = Console()
     console.print(table)
     sampled, trained = (median(line.get(f"tokens/{kind}", 0.0) for line in lines) for kind in ("sampled", "trained"))
-    console.print(f"sampled {sampled / seconds['rollout']:,.0f} tokens/s, trained {trained / seconds['update']:,.0f}/s")
+    ahead, hidden = (median(line.get(f"time/{name}", 0.0) for line in lines) for name in ("ahead", "ahead_hidden"))
+    if ahead:
+        console.print(f"beside it the next step is sampled and scored: {ahead:.3f} s, {hidden:.0%} of them hidden")
+    sampling = ahead or seconds["rollout"]
+    console.print(f"sampled {sampled / sampling:,.0f} tokens/s, trained {trained / seconds['update']:,.0f}/s")
     console.print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB (host)")
     if torch.cuda.is_available():
         console.print(

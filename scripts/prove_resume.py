@@ -3,10 +3,11 @@
     python scripts/prove_resume.py [--cases WORDS] [--kills N] [--seed S] [--out DIR]
 
 For every embedded recipe, with full weights and LoRA, sampling by transformers and vLLM, on one process and two, and
-for ReMix-GRPO with every other kind of adapter and with a LoRA swapped into vLLM: once
-without interruption, and once killed by SIGKILL, all processes at a time, at random moments of random stages (and once
-asked to stop by SIGTERM), resumed after each. Then both have to hold the same final weights, checkpoint, metrics (but
-for times), rollout shards and completions. Exit status 1 where one does not.
+for ReMix-GRPO with every other kind of adapter, with a LoRA swapped into vLLM, and with vLLM sampling a step while the
+one before it updates (`overlap`, also for ReMix-PPO with LoRA on two processes): once without interruption, and once
+killed by SIGKILL, all processes at a time, at random moments of random stages (and once asked to stop by SIGTERM),
+resumed after each. Then both have to hold the same final weights, checkpoint, metrics (but for times), rollout shards
+and completions. Exit status 1 where one does not.
 
 `--cases "remix_ppo vllm"` runs only those whose name holds all the words.
 """
@@ -56,6 +57,7 @@ class Case:
     recipe: str
     adapter: str
     engine: str
+    """hf, vllm, or overlap: vLLM in a process of its own, under `rollout.overlap`."""
     processes: int
 
     def __str__(self) -> str:
@@ -66,14 +68,19 @@ class Case:
         group = 1 if self.recipe.endswith("ppo") else 8
         phases = ["phases.0.until.0.after=3"] if self.recipe.startswith("remix") else []
         swapped = self.adapter == "hot_swap"
-        merge = self.adapter == "lora" and self.engine == "vllm"
+        merge = self.adapter == "lora" and self.engine != "hf"
+        beside = self.engine == "overlap"
+        engine = (
+            f"type: {'vllm' if beside else self.engine}{', lora: hot_swap' * swapped}{', own_process: true' * beside}"
+        )
         # With dropout, so that the random generators of every rank matter; merged in half of the cases.
         lora = ["adapter.dropout=0.1", f"reincarnation.lora={'merge' if merge else 'snapshot'}"]
         return [
             f"run_dir={run_dir}",
             f"max_steps={STEPS}",
             f"adapter.type={'lora' if swapped else self.adapter}",
-            f"rollout.engine={{type: {self.engine}{', lora: hot_swap' * swapped}}}",
+            f"rollout.engine={{{engine}}}",
+            f"rollout.overlap={str(beside).lower()}",
             f"batch.prompts={64 // group}",
             "eval.every=2",
             "eval.prompts=16",
@@ -88,7 +95,8 @@ def all_cases() -> list[Case]:
     kinds = [("ia3", "hf"), ("prefix", "hf"), ("prompt", "hf"), ("layers", "hf"), ("layers", "vllm")]
     return [
         *(Case(*of) for of in product(RECIPES, ("none", "lora"), ("hf", "vllm"), (1, 2))),
-        *(Case("remix_grpo", *kind, 1) for kind in [*kinds, ("hot_swap", "vllm")]),
+        *(Case("remix_grpo", *kind, 1) for kind in [*kinds, ("hot_swap", "vllm"), ("none", "overlap")]),
+        Case("remix_ppo", "lora", "overlap", 2),
     ]
 
 

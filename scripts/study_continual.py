@@ -1,11 +1,12 @@
-"""What methods of continual learning keep of six tasks: orders x seeds x methods, and the page that shows it.
+"""What methods of continual learning keep of six tasks: regimes x orders x seeds x methods, and the page that shows it.
 
     python scripts/study_continual.py                      # runs what is missing, then writes the page
     python scripts/study_continual.py --write-only         # the page from what there is of docs/continual.json and runs
 
 Every cell is a run of recipes/embedded/continual_shapes_sft.yaml with other keys, in `--out`; a cell that is done is
-not run again, and one that was interrupted goes on. One rank for all methods and then each method's settings are chosen
-by ACC on another order and another seed before anything is measured. All numbers of the page come from the runs.
+not run again, and one that was interrupted goes on. In each regime one rank for all methods and then each method's
+settings are chosen by ACC on another order and another seed before anything is measured. All numbers of the page come
+from the runs.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.continual_page import PAGE_TEXT, SECTION_TEXT, difference, draw, spread, table
+
+ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "embedded" / "continual_shapes_sft.yaml"
 PAGE = ROOT / "docs" / "continual.md"
 SUMMARIES = PAGE.with_suffix(".json")
@@ -48,6 +52,21 @@ RANKS = (8, 16)
 """Of all methods alike: the one that is better on average over them."""
 
 Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How far each task moves the adapter."""
+
+    name: str
+    says: str
+    keys: tuple[str, ...] = ()
+    """In which its runs differ from the recipe."""
+
+
+SMALL = Regime("Small updates", "40 steps a task at a learning rate of 1e-3")
+LARGE = Regime("Large updates", "60 steps a task at a learning rate of 2e-3", ("steps=60", "optimizer.lr=2.0e-3"))
+"""Both learn each task equally well by itself; it is what they do to the others that differs."""
 
 
 def pam(alignment: Settings | None, kind: str = "pam", **more: Any) -> Settings:
@@ -85,6 +104,7 @@ class Cell:
     rank: int
     order: tuple[str, ...]
     seed: int
+    regime: Regime
 
     @property
     def keys(self) -> list[str]:
@@ -95,6 +115,7 @@ class Cell:
             f"continual.order={json.dumps(list(self.order))}",
             f"continual.method={json.dumps(self.settings, sort_keys=True)}",
             f"tasks={json.dumps([{'type': 'shapes', 'kind': kind, 'size': SIZE} for kind in self.order])}",
+            *self.regime.keys,
         ]
 
     @property
@@ -154,16 +175,16 @@ class Study:
         return float(self.results[cell.name]["ACC"])
 
 
-def choose(study: Study) -> tuple[int, dict[str, Settings]]:
+def choose(study: Study, regime: Regime) -> tuple[int, dict[str, Settings]]:
     """The common rank, then each method's settings at it."""
     by_rank = {
-        rank: [Cell(method, choices[0], rank, TUNING_ORDER, TUNING_SEED) for method, choices in METHODS.items()]
+        rank: [Cell(method, choices[0], rank, TUNING_ORDER, TUNING_SEED, regime) for method, choices in METHODS.items()]
         for rank in RANKS
     }
     study.run([cell for cells in by_rank.values() for cell in cells], "rank")
     rank = max(RANKS, key=lambda rank: fmean(map(study.acc, by_rank[rank])))
     by_method = {
-        method: [Cell(method, settings, rank, TUNING_ORDER, TUNING_SEED) for settings in choices]
+        method: [Cell(method, settings, rank, TUNING_ORDER, TUNING_SEED, regime) for settings in choices]
         for method, choices in METHODS.items()
     }
     study.run([cell for cells in by_method.values() for cell in cells], "settings")
@@ -178,13 +199,13 @@ PAIRS = [
 ]
 """Methods that are compared run by run."""
 BARS = ("ACC 5 above sequential", "BWT at most half of sequential's", "ACC above average", "ACC above TIES")
-"""What was expected of PAM."""
+"""What was expected of PAM; `PAM, running mean` is held to it too."""
 KEPT = ("seed", "tasks", "ACC", "BWT", "forgetting", "zero_shot", "seconds")
 """Of a run's result."""
 
 
 def wide_cells(chosen: Mapping[str, Settings], rank: int, seeds: int) -> list[Cell]:
-    return [Cell(method, chosen[method], rank, WIDE, seed) for seed in range(seeds) for method in WIDE_METHODS]
+    return [Cell(method, chosen[method], rank, WIDE, seed, SMALL) for seed in range(seeds) for method in WIDE_METHODS]
 
 
 # --- the page -----------------------------------------------------------------------------------------------------
@@ -195,17 +216,17 @@ class Measured:
     """What the runs that are there say of methods with their chosen settings."""
 
     study: Study
+    regime: Regime
     rank: int
     chosen: Mapping[str, Settings]
     seeds: int
 
+    def cell(self, method: str, order: str, seed: int) -> Cell:
+        return Cell(method, self.chosen[method], self.rank, ORDERS[order], seed, self.regime)
+
     def values(self, method: str, key: str, orders: Iterable[str] = ORDERS) -> dict[tuple[str, int], float]:
         """In percent, by order and seed."""
-        cells = {
-            (order, seed): Cell(method, self.chosen[method], self.rank, ORDERS[order], seed)
-            for order in orders
-            for seed in range(self.seeds)
-        }
+        cells = {(order, seed): self.cell(method, order, seed) for order in orders for seed in range(self.seeds)}
         results = self.study.results
         return {at: 100 * results[cell.name][key] for at, cell in cells.items() if cell.name in results}
 
@@ -220,14 +241,14 @@ class Measured:
         means = ((self.mean(method, "ACC", order), self.mean(method, "BWT", order)) for order in ORDERS)
         return [method, *(f"{acc:.1f} / {bwt:+.1f}" for acc, bwt in means)]
 
-    def row_of_bars(self, order: str) -> list[str]:
-        acc, bwt = ({method: self.mean(method, key, order) for method in METHODS} for key in ("ACC", "BWT"))
+    def row_of_bars(self, method: str, order: str) -> list[str]:
+        acc, bwt = (lambda of, key=key: self.mean(of, key, order) for key in ("ACC", "BWT"))
         held = [
-            acc["PAM"] >= acc["sequential"] + 5,
-            bwt["PAM"] >= bwt["sequential"] / 2,
-            *(acc["PAM"] > acc[method] for method in ("average", "TIES")),
+            acc(method) >= acc("sequential") + 5,
+            bwt(method) >= bwt("sequential") / 2,
+            *(acc(method) > acc(other) for other in ("average", "TIES")),
         ]
-        return [order, *("yes" if bar else "no" for bar in held)]
+        return [method, order, *("yes" if bar else "no" for bar in held)]
 
     def row_of_pair(self, a: str, b: str) -> list[str]:
         """Over what both were run on."""
@@ -254,106 +275,45 @@ class Measured:
         return head + table(["method", "runs", "ACC", "BWT", "forgetting"], rows) + "\n" if rows else ""
 
 
-def write_page(measured: Measured) -> None:
+def write_page(regimes: Sequence[Measured]) -> None:
     """docs/continual.md, and the picture and the results beside it."""
-    results, chosen = measured.study.results, measured.chosen
+    results = regimes[0].study.results
     plain = {name: {key: run[key] for key in KEPT} for name, run in sorted(results.items())}
     SUMMARIES.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     draw(
-        {m: ([*measured.values(m, "ACC").values()], [*measured.values(m, "BWT").values()]) for m in METHODS},
+        {
+            of.regime.name: {m: ([*of.values(m, "ACC").values()], [*of.values(m, "BWT").values()]) for m in METHODS}
+            for of in regimes
+        },
         PAGE.with_suffix(".png"),
     )
-    settings = [[method, f"`{json.dumps(chosen[method])}`", str(len(choices))] for method, choices in METHODS.items()]
     text = PAGE_TEXT.format(
-        scores=table(["method", "runs", "ACC", "BWT", "forgetting", "zero-shot"], map(measured.row, METHODS)),
-        by_order=table(["method", *(f"{n}: ACC / BWT" for n in ORDERS)], map(measured.row_by_order, METHODS)),
-        wide=measured.wide(),
-        bars=table(["order", *BARS], map(measured.row_of_bars, ORDERS)),
-        paired=table(["difference", "ACC", "BWT"], [measured.row_of_pair(*pair) for pair in PAIRS]),
-        settings=table(["method", "settings", "of"], settings),
+        regimes="\n".join(map(section, regimes)),
+        wide=regimes[0].wide(),
         orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
-        seeds=measured.seeds,
-        rank=measured.rank,
-        ranks=" and ".join(map(str, RANKS)),
+        seeds=regimes[0].seeds,
         minutes=f"{sum(result['seconds'] for result in results.values()) / 60:.0f}",
     )
     PAGE.write_text(text, encoding="utf-8")
 
 
-PAGE_TEXT = """# Continual learning on `shapes`
-
-Six tasks about small pictures, learnt one after the other by a LoRA each on the embedded vision-language model
-(supervised, `recipes/embedded/continual_shapes_sft.yaml`), pass@1 in percent on held-out pictures, greedy. ACC is the
-mean over all tasks after the last, BWT what later tasks did to earlier ones, both as in PAM
-([arXiv 2506.03189](https://arxiv.org/abs/2506.03189)). Mean ± standard deviation over runs: three orders, up to
-{seeds} seeds each. `independent` has an adapter for every task and is no method of continual learning but what
-forgetting is measured against; `PAM + TALL` has to be told the task at hand.
-
-![ACC against BWT](continual.png)
-
-{scores}
-
-By order, means over seeds:
-
-{by_order}
-
-Whether PAM is where it was expected, by the means of each order:
-
-{bars}
-
-What makes the difference, over pairs of runs with the same order and seed (mean ± standard error):
-
-{paired}
-
-`running average` is PAM without alignment, g ← (g + w)/2 as tasks come; `running mean` is g ← g + (w − g)/t. `average`
-and `TIES` merge adapters that were trained apart, `MagMax` adapters each trained from the one before. `PAM by change`
-takes the entries that have changed most since the start for the important ones, `PAM on B alone` aligns one factor of
-each LoRA.
-{wide}
-## Settings
-
-Chosen by ACC on another order and another seed than those above: one rank for all methods, {rank} of {ranks}, by their
-mean; then each method's own settings, of as many as the last column says. LoRAs are on every linear layer.
-
-{settings}
-
-{orders}
-
-The page is written by `python scripts/study_continual.py`; its runs took {minutes} minutes of one core.
-"""
-
-
-def draw(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for number, (method, (acc, bwt)) in enumerate(points.items()):
-        colour = f"C{number % 10}"
-        marker = "o" if number < 10 else "s"
-        spread_of = {"xerr": stdev(bwt), "yerr": stdev(acc)} if len(acc) > 1 else {}
-        axes.errorbar(
-            fmean(bwt), fmean(acc), **spread_of, fmt=marker, color=colour, label=method, capsize=2, elinewidth=0.8
-        )
-    axes.set_xlabel("BWT (points; right: less forgotten)")
-    axes.set_ylabel("ACC (percent)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path)
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
-
-
-def difference(values: Sequence[float]) -> str:
-    """Mean and standard error."""
-    return f"{fmean(values):+.1f}" + (f" ± {stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else "")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+def section(of: Measured) -> str:
+    """What there is of a regime."""
+    methods = [method for method in METHODS if of.values(method, "ACC")]
+    settings = [[method, f"`{json.dumps(of.chosen[method])}`", str(len(METHODS[method]))] for method in methods]
+    held_to = [method for method in ("PAM", "PAM, running mean") if method in methods]
+    pairs = [of.row_of_pair(*pair) for pair in PAIRS if set(pair) <= {*methods}]
+    return SECTION_TEXT.format(
+        name=of.regime.name,
+        says=of.regime.says,
+        scores=table(["method", "runs", "ACC", "BWT", "forgetting", "zero-shot"], map(of.row, methods)),
+        by_order=table(["method", *(f"{n}: ACC / BWT" for n in ORDERS)], map(of.row_by_order, methods)),
+        bars=table(["method", "order", *BARS], [of.row_of_bars(m, order) for m in held_to for order in ORDERS]),
+        paired=table(["difference", "ACC", "BWT"], pairs),
+        settings=table(["method", "settings", "of"], settings),
+        rank=of.rank,
+        ranks=" and ".join(map(str, RANKS)),
+    )
 
 
 def main() -> None:
@@ -366,17 +326,13 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     study = Study(options.out.resolve(), 0 if options.write_only else options.jobs)
-    rank, chosen = choose(study)
+    regimes = [Measured(study, regime, *choose(study, regime), options.seeds) for regime in (SMALL, LARGE)]
     for methods in ([method for method in METHODS if method not in VARIANTS], VARIANTS):
-        cells = [
-            Cell(method, chosen[method], rank, order, seed)
-            for seed in range(options.seeds)
-            for order in ORDERS.values()
-            for method in methods
-        ]
-        study.run(cells, "measured")
-    study.run(wide_cells(chosen, rank, options.seeds), "ten tasks")
-    write_page(Measured(study, rank, chosen, options.seeds))
+        for seed in range(options.seeds):
+            for measured in regimes:
+                study.run([measured.cell(method, order, seed) for order in ORDERS for method in methods], "measured")
+    study.run(wide_cells(regimes[0].chosen, regimes[0].rank, options.seeds), "ten tasks")
+    write_page(regimes)
     print(PAGE)
 
 

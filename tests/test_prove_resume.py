@@ -39,5 +39,5 @@ def test_killed_and_resumed_is_the_same_run(case: Case, tmp_path: Path) -> None:
 
 
 def test_the_matrix_is_whole() -> None:
-    assert len(all_cases()) == 4 * 2 * 2 * 2 + 6
+    assert len(all_cases()) == 4 * 2 * 2 * 2 + 8
     assert CASES.keys() < set(all_cases())

@@ -60,6 +60,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield "alignment.importance change compares with an untrained adapter: set alignment.initial"
     if recipe.alignment is not None and recipe.reincarnation.lora == "merge":
         yield "alignment compares with an adapter that reincarnation.lora merge folds away: set that to snapshot"
+    if rollout.overlap:
+        yield from _overlap(recipe)
     if recipe.continual is not None:
         yield from _continual(recipe)
     yield from _adapter(recipe)
@@ -86,6 +88,29 @@ def _imitation(recipe: Recipe) -> Iterator[str]:
         )
     if any(isinstance(phase, MixPolicyPhase) for phase in recipe.phases):
         yield "objective.type sft has nothing to replay: give phases of type on_policy alone"
+
+
+def _overlap(recipe: Recipe) -> Iterator[str]:
+    """What cannot be had where a step's rollouts are sampled before the step before it is over."""
+    engine = recipe.rollout.engine
+    if recipe.imitates:
+        yield "rollout.overlap: objective.type sft samples nothing: set it to false"
+    elif not (isinstance(engine, VLLMServerConfig) or (isinstance(engine, VLLMEngineConfig) and engine.own_process)):
+        yield (
+            f"rollout.overlap: an engine of type {engine.type} in the trainer's process cannot sample while that "
+            "updates: set rollout.engine to {type: vllm, own_process: true} or {type: vllm_server}, or overlap to false"
+        )
+    for index, phase in enumerate(recipe.phases):
+        if any(isinstance(trigger, KLBudgetTrigger) for trigger in phase.until):
+            yield (
+                f"phases.{index}: whether a kl_budget ends the phase shows after the update, when the next step is "
+                "sampled already: choose another trigger, or set rollout.overlap to false"
+            )
+    if recipe.kl.place == "reward" and recipe.kl.uses_precedent:
+        yield (
+            "kl.place reward measures the policy that sampled against the one before it, which under rollout.overlap "
+            "is no longer kept: set kl.place to loss, leave out kl.lambda_schedule, or set overlap to false"
+        )
 
 
 def _continual(recipe: Recipe) -> Iterator[str]:
@@ -117,7 +142,7 @@ def _adapter(recipe: Recipe) -> Iterator[str]:
         yield (
             f"reincarnation.lora merge needs adapter.type lora or ia3: {_NOT_FOLDED[adapter.type]}; set it to snapshot"
         )
-    if adapter.type == "prefix" and recipe.model.gradient_checkpointing:
+    if adapter.type == "prefix" and recipe.model.gradient_checkpointing is True:
         yield (
             "adapter.type prefix sits in the attention cache, which model.gradient_checkpointing does without: "
             "set that to false, or adapter.type to prompt"

@@ -27,7 +27,14 @@ class ModelConfig(Block):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward passes. Trained weights are kept in float32 whatever this says."""
     attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool = False
+    """Of padded sequences and of sampling. Under sdpa packed rows are attended to by FlexAttention on a GPU where it
+    gives the same log-probs and gradients there, by sdpa block by block elsewhere; under others nothing is packed."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Blocks keep their inputs alone and compute the rest again in the backward: less memory, a third more work, the
+    same results. auto: where, by the plan's estimate, activations would not fit into the device's memory."""
+    compile: bool = False
+    """Compile the transformer's blocks for updates and log-probs, not for sampling: worth its minutes on a GPU. Results
+    differ by rounding."""
     trust_remote_code: bool = False
     """True: run the Python files that come with the model. Read them first."""
     logits_chunk: PositiveInt | None = None

@@ -95,6 +95,11 @@ class Recipe(Block):
         kl_in_reward = self.kl.place == "reward" and self.kl.weight > 0  # then equal scores are not equal rewards
         return not (isinstance(self.advantage, GAEAdvantage) or kl_in_reward) if chosen is None else chosen
 
+    @property
+    def keeps_precedent(self) -> bool:
+        """Whether π_{k-1} is kept: as an anchor of the KL, or as the policy that sampled while step k-1 updated."""
+        return self.kl.uses_precedent or self.rollout.overlap
+
     def fresh_prompts(self, phase: PhaseConfig) -> int:
         """(1 - p) of the batch, in prompts."""
         return self.batch.prompts - round(phase.off_policy_fraction * self.batch.prompts)

@@ -10,7 +10,7 @@ from remix.config.block import Block, Fraction
 
 
 class HFEngineConfig(Block):
-    """transformers' `generate` on the trainer's own module."""
+    """transformers on the trainer's own module."""
 
     type: Literal["hf"] = "hf"
     batch_size: PositiveInt = 256
@@ -40,6 +40,9 @@ class VLLMEngineConfig(Block):
     kv_cache_gib: PositiveFloat = 0.25
     """Cache size on a machine without a GPU."""
     enforce_eager: bool = False
+    sleep: bool = False
+    """vLLM gives its memory of the GPU back whenever it does not sample: its weights wait in the host's memory, its
+    cache is forgotten. Then memory_fraction may be as large as if it had the GPU to itself. Not on a CPU."""
 
 
 class VLLMServerConfig(Block):
@@ -88,6 +91,12 @@ class RolloutConfig(Block):
     """Responses to one prompt."""
     temperature: PositiveFloat = 1.0
     max_tokens: PositiveInt = 1024
+    overlap: bool = False
+    """While a step is scored and updates, sample the next step's rollouts from the policy as it began. Fresh rollouts
+    are then one policy old (policy_lag 1) in phases of either type, and replayed ones up to window + 1, which the
+    objective treats as what they are. The first step of each phase samples from the policy as it is: nothing sampled
+    before a reincarnation is trained on after it. Rounds of `refill` follow the update, by the same policy as the
+    first. Needs an engine in processes of its own: vllm with own_process, or vllm_server."""
     mask_overlong: bool = False
     """Leave truncated responses out of loss and denominator."""
     drop_uniform_groups: bool | None = None

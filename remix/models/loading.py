@@ -25,6 +25,7 @@ from remix.errors import first_line
 from remix.models import files
 from remix.models.actor_critic import ActorCritic
 from remix.models.adapters import add_adapter, backbone_inputs
+from remix.models.compiling import compile_blocks
 
 
 def load_tokenizer(config: ModelConfig, processor: Any = None) -> Any:
@@ -115,6 +116,7 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
     frozen_base = recipe.adapter.type != "none"
     lm = load_lm(config, tokenizer, dtype=compute if frozen_base else torch.float32)
     hidden_size, never = lm.config.get_text_config().hidden_size, placeholder_ids(lm.config)
+    assert config.gradient_checkpointing != "auto", "decided before a model is loaded"
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if frozen_base:
@@ -146,6 +148,9 @@ def load_actor_critic(recipe: Recipe, tokenizer: Any, device: torch.device) -> A
         never=never,
     ).to(device)
     _check_logprobs(module, config)
+    if config.compile:
+        for backbone in module.backbones:
+            compile_blocks(backbone)
     return module
 
 

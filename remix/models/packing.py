@@ -1,7 +1,8 @@
 """Sequences side by side without padding, each prompt once for all of its responses.
 
 The tokens of a micro-batch stand in one row: all that is computed token by token (nearly everything) is computed once
-for a prompt, however many responses it has, and never for padding. Attention alone knows who belongs to whom.
+for a prompt, however many responses it has, and never for padding. Attention alone knows who belongs to whom: block by
+block with torch's `scaled_dot_product_attention`, or all at once where the row comes with a mask (`remix.models.flex`).
 Letters: L places in the row, F prompts of one length P, M responses to them, R tokens of the longest, N trained
 tokens, K = P + R keys of a response, h (H in suffixes) heads, d (D) their width.
 """
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from remix.models.flex import flex, tree_mask
 from remix.types import Rollout
 
 ATTENTION = "remix_packed"
@@ -55,13 +57,17 @@ class Packed(NamedTuple):
     labels: Tensor
     """[N], those tokens."""
     blocks: tuple[Block, ...]
+    mask: Any | None = None
+    """FlexAttention's, of the whole row."""
 
-    def to(self, device: torch.device) -> Packed:
+    def to(self, device: torch.device, *, masked: bool = False) -> Packed:
+        """`masked`: with the mask that FlexAttention takes."""
         input_ids, positions, before, labels = (tensor.to(device) for tensor in self[:4])
         blocks = tuple(
             Block(block.start, block.prompts, *(tensor.to(device) for tensor in block[2:])) for block in self.blocks
         )
-        return Packed(input_ids, positions, before, labels, blocks)
+        mask = tree_mask(self.blocks, device) if masked else None
+        return Packed(input_ids, positions, before, labels, blocks, mask)
 
 
 def families(rollouts: Sequence[Rollout]) -> list[list[int]]:
@@ -122,6 +128,14 @@ def pack(rollouts: Sequence[Rollout]) -> Packed:
     return Packed(torch.cat(ids)[None], torch.cat(positions)[None], torch.cat(before), labels_N, tuple(blocks))
 
 
+class Row:
+    """What attention is told of a packed row. No tuple, since torch.compile looks into those: it would compile a block
+    of the model anew for every number of prompts."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.blocks, self.mask = packed.blocks, packed.mask
+
+
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -132,32 +146,47 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed: tuple[Block, ...] | None = None,
+    packed: Row | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of transformers' form, [1, h, L, d] each, to [1, L, h, d]; of prompts among themselves, and of
     responses to their prompt and themselves. Raises ValueError where the model wants more than that."""
     if packed is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
         )
         return plain
-    wanted = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    longest = max(block.prompts[1] + block.places.shape[1] for block in packed)
-    if sliding_window is not None and longest > sliding_window:
+    at_once = packed.mask is not None and not dropout  # of attention's weights, which FlexAttention does not have
+    others = {"softcap": None if at_once else softcap, **kwargs}
+    wanted = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if sliding_window is not None and _longest(packed) > sliding_window:
         wanted.append("sliding_window")
     if wanted:
         raise ValueError(f"its attention has {wanted[0]}")
+    if at_once:
+        attended = flex(query, key, value, packed.mask, scale=scaling, softcap=softcap)
+        return attended.transpose(1, 2).contiguous(), None
     times = query.shape[1] // key.shape[1]
-    q_LHD, k_LHD, v_LHD = (
-        t[0].transpose(0, 1) for t in (query, *(t.repeat_interleave(times, 1) for t in (key, value)))
-    )
-    options = {"scale": scaling, "dropout_p": dropout}
+    heads_alike = (query, *(t.repeat_interleave(times, 1) for t in (key, value)))
+    return block_by_block(*heads_alike, packed, scale=scaling, dropout_p=dropout), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _longest(row: Row) -> int:
+    return max(block.prompts[1] + block.places.shape[1] for block in row.blocks)
+
+
+# Of each micro-batch other blocks: it would be compiled without end.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def block_by_block(query: Tensor, key: Tensor, value: Tensor, row: Row, **options: Any) -> Tensor:
+    """Of [1, h, L, d] each, to [1, L, h, d]. `options`: of `scaled_dot_product_attention`."""
+    q_LHD, k_LHD, v_LHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     outputs = list[Tensor]()
-    for block in packed:
+    for block in row.blocks:
         (count, length), begin, first = block.prompts, block.start, block.first_response
         of_prompts = [t[begin:first].unflatten(0, (count, length)) for t in (q_LHD, k_LHD, v_LHD)]
         outputs.append(_heads_first(of_prompts, is_causal=True, **options).flatten(0, 1))
@@ -171,7 +200,7 @@ def packed_attention(
             of_responses = [q_LHD[places_MR], keys_MKHD, values_MKHD]
             attended_MRHD = _heads_first(of_responses, attn_mask=allowed_RK, **options)
             outputs.append(attended_MRHD[block.inside])
-    return torch.cat(outputs)[None], None
+    return torch.cat(outputs)[None]
 
 
 def _heads_first(tensors: Sequence[Tensor], **options: Any) -> Tensor:
@@ -204,5 +233,5 @@ def packed_inputs(packed: Packed) -> dict[str, Any]:
         "input_ids": packed.input_ids,
         "position_ids": packed.positions,
         "attention_mask": mask,
-        "packed": packed.blocks,
+        "packed": Row(packed),
     }

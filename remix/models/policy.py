@@ -75,11 +75,19 @@ class Policy:
         self._written: Callable[[], None] = lambda: None
         self.packs = False
         """Whether sequences are packed in one row; see `remix.models.packing`."""
+        self.flex = False
+        """Whether FlexAttention attends to such a row."""
 
     def share_out(self, ranks: Ranks, hollow: Hollow | None, written: Callable[[], None]) -> None:
         """The module now belongs to a backend. `hollow`: a copy of the language model, where its parameters are shared
         out; `written`: told whenever weights were written to."""
         self._ranks, self._hollow, self._written = ranks, hollow, written
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether a forward in training is not the policy's own."""
+        layers = any(layer.p > 0 for layer in self.module.modules() if isinstance(layer, nn.Dropout))
+        return layers or getattr(self.module.lm.config.get_text_config(), "attention_dropout", 0.0) > 0
 
     @property
     def reader(self) -> Any:
@@ -264,7 +272,7 @@ class Policy:
         return list(microbatches([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], max_tokens))
 
     def packed(self, rollouts: Sequence[Rollout]) -> Packed | None:
-        return pack(rollouts).to(self.device) if self.packs else None
+        return pack(rollouts).to(self.device, masked=self.flex) if self.packs else None
 
     def multimodal(self, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         """The further inputs of the model's forward on these sequences, packed or padded as the policy has them."""

@@ -29,7 +29,14 @@ class Demonstrations(Sampler):
         self.eos_token_id = eos_token_id
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, group_size: int, *, version: int, watch: Watch = unwatched
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        group_size: int,
+        *,
+        version: int,
+        step: int | None = None,
+        watch: Watch = unwatched,
     ) -> list[RolloutGroup]:
         """One group of one to each prompt, its solution cut at `sampling.max_tokens`."""
         with watch("sampling"):

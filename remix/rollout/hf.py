@@ -1,9 +1,11 @@
-"""Rollouts by transformers' `generate` on the trainer's own module: no second copy of the weights, no sync."""
+"""Rollouts by transformers on the trainer's own module: no second copy of the weights, no sync."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,19 +15,22 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from remix.models.adapters import generation_inputs, has_virtual_tokens
 from remix.models.vision import Vision
-from remix.rollout.hf_cache import fill, roomy_cache
+from remix.rollout.hf_cache import keeps_keys_and_values
+from remix.rollout.hf_decode import decode, padded_on_the_left
 from remix.types import Completion, Request, Sampling
 
-ROUND = 32
-"""Tokens after which responses that have ended are taken out of a batch."""
+TRIED = 4
+"""Tokens by which it is seen whether a model can do without `generate`."""
+TOLERANCE = {False: 1e-3, True: 0.1}
+"""Most that a log-prob may differ then, in nats, by whether it is computed in less than float32."""
 
 
 class SeededSampler(LogitsProcessor):  # type: ignore[misc]
     """Draws each sequence's next token from that sequence's own random numbers.
 
     `generate` has one random stream for a whole batch, so a response would depend on its neighbours. Here token t of
-    a request is the inverse of the cumulative distribution at the t-th uniform number of its own seed; the choice is
-    handed back as the only finite score, for greedy search to pick up. Log-probs of the choices are kept.
+    a request is the inverse of the cumulative distribution at the t-th uniform number of its own seed. Called by
+    `generate` it hands the choice back as the only finite score, for greedy search to pick up, and keeps the log-prob.
     """
 
     def __init__(
@@ -38,25 +43,26 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
         self.uniforms_BR = torch.from_numpy(np.stack(draws)).to(device)
         self.logprobs: list[Tensor] = []
 
-    def go_on_with(self, rows: Tensor, used: int) -> None:
-        """Of the sequences these alone, which have had `used` more tokens."""
-        self.uniforms_BR = self.uniforms_BR[rows, used:]
-
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = len(self.logprobs)
-        scores[:, self.never] = -torch.inf
+        chosen_B, logprobs_B = self.draw(scores, slice(None), len(self.logprobs))
+        self.logprobs.append(logprobs_B)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B[:, None], 0.0)
+
+    def draw(self, logits_BV: Tensor, rows: Tensor | slice, step: int) -> tuple[Tensor, Tensor]:
+        """The next token and its log-prob of the sequences in these rows, which have `step` tokens."""
+        if self.never:
+            logits_BV[:, self.never] = -torch.inf
         # Greedy log-probs are those at temperature 1: at 0 they would all be 0.
-        logprobs_BV = (scores.float() / (self.sampling.temperature or 1.0)).log_softmax(-1)
+        logprobs_BV = (logits_BV.float() / (self.sampling.temperature or 1.0)).log_softmax(-1)
         if self.sampling.temperature == 0:
             chosen_B = logprobs_BV.argmax(-1)
         else:
             # In float64: over a large vocabulary a float32 sum is off by more than the rarest tokens weigh.
             cumulative_BV = self._truncated(logprobs_BV).double().exp_().cumsum(-1)
-            threshold_B1 = self.uniforms_BR[:, step, None] * cumulative_BV[:, -1:]
+            threshold_B1 = self.uniforms_BR[rows, step, None] * cumulative_BV[:, -1:]
             chosen_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
-            chosen_B = chosen_B.clamp(max=scores.shape[-1] - 1)
-        self.logprobs.append(logprobs_BV.gather(-1, chosen_B[:, None]).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B[:, None], 0.0)
+            chosen_B = chosen_B.clamp(max=logits_BV.shape[-1] - 1)
+        return chosen_B, logprobs_BV.gather(-1, chosen_B[:, None]).squeeze(-1)
 
     def _truncated(self, logprobs_BV: Tensor) -> Tensor:
         """-inf outside top-k and the nucleus."""
@@ -95,6 +101,9 @@ class HFEngine:
         self.autocast = autocast
         self.eos_ids = frozenset(eos_token_ids)
         self.pad_id: int = lm.generation_config.pad_token_id
+        self._base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+        self._tried: dict[bool, bool] = {}
+        """By whether there were images."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -118,74 +127,78 @@ class HFEngine:
         """Nothing to give back."""
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        width = max(len(request.prompt_ids) for request in requests)
-        ids = torch.full((len(requests), width), self.pad_id)
-        mask = torch.zeros(len(requests), width, dtype=torch.long)
-        for row, request in enumerate(requests):
-            ids[row, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
-            mask[row, width - len(request.prompt_ids) :] = 1
-        sampler = SeededSampler([request.seed for request in requests], sampling, self.device, self.never)
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        longest = max(len(request.prompt_ids) for request in requests) + sampling.max_tokens
         with self.autocast():
-            cache = None if self.vision is not None or has_virtual_tokens(self.lm) else roomy_cache(self.lm.config)
-            if cache is None:
-                return self._in_one_go(requests, ids, mask, sampler, sampling.max_tokens)
-            base = self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
-            fill(getattr(base, base.base_model_prefix), cache, ids, mask)
-            return self._in_rounds(ids, mask, cache, sampler, sampling.max_tokens)
+            rows = self._decoded if self._decodes(requests, longest) else self._generated
+            tokens_BR, logprobs_BR = rows(requests, sampling)
+        return [self._completion(*row) for row in zip(tokens_BR.cpu(), logprobs_BR.cpu(), strict=True)]
 
-    def _in_one_go(
-        self, requests: Sequence[Request], ids: Tensor, mask: Tensor, sampler: SeededSampler, max_tokens: int
-    ) -> list[Completion]:
-        prompts = [(request.prompt_ids, request.images) for request in requests]
-        seen = {} if self.vision is None else self.vision.inputs(prompts, ids.shape[1], on_the_left=True)
-        lm, inputs, old = generation_inputs(self.lm, ids, mask)
-        inputs |= {name: tensor.to(self.device) for name, tensor in seen.items()}
-        answer = self._call(lm, inputs, sampler, max_tokens)
-        tokens_BR, logprobs_BR = answer[:, old:].cpu(), torch.stack(sampler.logprobs, -1).cpu()
-        return [self._completion(*row) for row in zip(tokens_BR, logprobs_BR, strict=True)]
+    def _decoded(self, requests: Sequence[Request], sampling: Sampling) -> tuple[Tensor, Tensor]:
+        sampler = SeededSampler([request.seed for request in requests], sampling, self.device, self.never)
+        ends = torch.tensor(sorted(self.eos_ids), dtype=torch.long, device=self.device)
+        return decode(
+            self._base,
+            requests,
+            sampler.draw,
+            max_tokens=sampling.max_tokens,
+            ends=ends,
+            pad=self.pad_id,
+            further=self._seen,
+        )
 
-    def _in_rounds(
-        self, ids: Tensor, mask: Tensor, cache: Any, sampler: SeededSampler, max_tokens: int
-    ) -> list[Completion]:
-        """A few tokens at a time; responses that have ended are not computed further."""
-        done: dict[int, Completion] = {}
-        rows, width, left = torch.arange(len(ids), device=self.device), ids.shape[1], max_tokens
-        logprobs = torch.empty(len(ids), 0, device=self.device)
-        while left:
-            asked, sampler.logprobs = min(left, ROUND), []
-            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-            ids = self._call(self.lm, inputs, sampler, asked)
-            logprobs = torch.cat([logprobs, torch.stack(sampler.logprobs, -1)], -1)
-            new = len(sampler.logprobs)
-            left -= new
-            ended = torch.isin(ids[:, -new:], torch.tensor(sorted(self.eos_ids), device=self.device)).any(-1)
-            if not left:
-                ended[:] = True
-            for at in ended.nonzero()[:, 0].tolist():
-                done[int(rows[at])] = self._completion(ids[at, width:].cpu(), logprobs[at].cpu())
-            kept = (~ended).nonzero()[:, 0]
-            if not len(kept):
-                break
-            rows, ids, logprobs = rows[kept], ids[kept], logprobs[kept]
-            mask = torch.cat([mask[kept], mask.new_ones(len(kept), new)], -1)
-            sampler.go_on_with(kept, new)
-            if len(kept) < len(ended):
-                cache.batch_select_indices(kept)
-        return [done[row] for row in range(len(done))]
-
-    def _call(self, lm: Any, inputs: dict[str, Any], sampler: SeededSampler, max_tokens: int) -> Tensor:
+    def _generated(self, requests: Sequence[Request], sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """By transformers' own loop, which takes every model."""
+        ids, mask = padded_on_the_left([request.prompt_ids for request in requests], self.pad_id)
+        sampler = SeededSampler([request.seed for request in requests], sampling, self.device, self.never)
+        lm, inputs, old = generation_inputs(self.lm, ids.to(self.device), mask.to(self.device))
+        inputs |= {name: tensor.to(self.device) for name, tensor in self._seen(requests, ids.shape[1]).items()}
         config = GenerationConfig(
-            max_new_tokens=max_tokens,
+            max_new_tokens=sampling.max_tokens,
             do_sample=False,
             use_cache=True,
             pad_token_id=self.pad_id,
             eos_token_id=sorted(self.eos_ids),
         )
-        answer: Tensor = lm.generate(
-            **inputs, generation_config=config, logits_processor=LogitsProcessorList([sampler])
-        )
-        return answer
+        answer = lm.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([sampler]))
+        return answer[:, old:], torch.stack(sampler.logprobs, -1)
+
+    def _seen(self, requests: Sequence[Request], width: int, *, on_the_left: bool = True) -> dict[str, Tensor]:
+        """What a vision-language model is given beside the tokens."""
+        prompts = [(request.prompt_ids, request.images) for request in requests]
+        return {} if self.vision is None else self.vision.inputs(prompts, width, on_the_left=on_the_left)
+
+    def _decodes(self, requests: Sequence[Request], longest: int) -> bool:
+        """Whether the model has, by `decode`, the log-probs of its plain forward: tried on some of what is asked first,
+        with images and without."""
+        if has_virtual_tokens(self.lm) or not keeps_keys_and_values(self._base, longest):
+            return False
+        pictured = any(request.images for request in requests)
+        if pictured not in self._tried:
+            rounds = torch.is_autocast_enabled(self.device.type) or self._base.dtype != torch.float32
+            self._tried[pictured] = self._off_by(requests) <= TOLERANCE[rounds]
+        return self._tried[pictured]
+
+    def _off_by(self, requests: Sequence[Request]) -> float:
+        """The most that log-probs differ, in nats."""
+        by_length = sorted(requests, key=lambda request: (bool(request.images), len(request.prompt_ids)))
+        tried = [by_length[0], by_length[-1], replace(by_length[-1], seed=by_length[-1].seed + 1)]
+        try:
+            tokens_BR, logprobs_BR = self._decoded(tried, Sampling(TRIED))
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
+            return math.inf  # whatever a family makes of inputs that it was not made for
+        worst = 0.0
+        for request, tokens_R, logprobs_R in zip(tried, tokens_BR, logprobs_BR, strict=True):
+            found = self._completion(tokens_R, logprobs_R)
+            ids_1S = torch.cat([torch.tensor(request.prompt_ids, device=self.device), found.response_ids])[None]
+            seen = self._seen([request], ids_1S.shape[1], on_the_left=False)
+            seen = {name: tensor.to(self.device) for name, tensor in seen.items()}
+            logits_RV = self._base(input_ids=ids_1S, use_cache=False, **seen).logits[
+                0, len(request.prompt_ids) - 1 : -1
+            ]
+            logits_RV[:, list(self.never)] = -torch.inf
+            plain_R = logits_RV.float().log_softmax(-1).gather(-1, found.response_ids[:, None])[:, 0]
+            worst = max(worst, (plain_R - found.sampler_logprobs).abs().max().item())
+        return worst
 
     def _completion(self, tokens_R: Tensor, logprobs_R: Tensor) -> Completion:
         ends = [i for i, token in enumerate(tokens_R.tolist()) if token in self.eos_ids]

@@ -1,16 +1,33 @@
-"""Attention caches of transformers for groups of responses: filled once for a prompt, grown in place."""
+"""Keys and values while responses are written token by token, and the attention that reads them.
+
+Letters: B rows, one response each; F prompts; M rows of the prompt that has most; P tokens of the longest prompt; R
+those that a row keeps itself; h heads of keys, H of queries, G = H / h of them to a head of keys, D their width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import sdpa_mask
+
+from remix.models import packing
 
 ROOM = 64
-"""Tokens that a cache grows by when it is full."""
+"""Tokens that a row's own part grows by when it is full."""
+SHARED = 64
+"""Tokens from which on a prompt is kept once for all of its responses. Two parts are slower to attend to than one
+where both are short."""
+ATTENTION = "remix_decoding"
+"""transformers' name for the attention below."""
+WITHOUT_CAP = ("sdpa", packing.ATTENTION)
+"""Attention of transformers to which a cap on the scores makes no difference."""
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -43,25 +60,161 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self._room = ()
 
 
-def roomy_cache(config: Any) -> DynamicCache | None:
-    """A cache of nothing but whole keys and values; None for models that keep other things between tokens."""
-    cache = DynamicCache(config=config)
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    cache.layers = [RoomyLayer() for _ in cache.layers]
-    return cache
+@dataclass(slots=True)
+class Shared:
+    """Prompts that are kept once for all rows that go on from them."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    """[F, h, P, D], keys and values."""
+    bias: Tensor
+    """[F, 1, 1, P], -inf at padding, else 0."""
+    rows: Tensor
+    """[F, M], of each prompt; row 0 again where it has fewer."""
+    places: Tensor
+    """[B], where each row is in `rows`, counted through it."""
 
 
-@torch.no_grad()
-def fill(backbone: Any, cache: DynamicCache, ids_BS: Tensor, mask_BS: Tensor) -> None:
-    """Computes all but the last token of sequences that are padded on the left, each different one once."""
-    if ids_BS.shape[1] == 1:
-        return
-    # A prompt may begin with the token that pads: what is padding is part of what makes rows different.
-    different_US, which_B = torch.unique(ids_BS.masked_fill(mask_BS == 0, -1)[:, :-1], dim=0, return_inverse=True)
-    first_U = torch.zeros(len(different_US), dtype=torch.long, device=ids_BS.device)
-    first_U.scatter_(0, which_B, torch.arange(len(ids_BS), device=ids_BS.device))
-    ids_US, mask_US = ids_BS[first_U, :-1], mask_BS[first_U, :-1]
-    positions_US = (mask_US.cumsum(-1) - 1).clamp(min=0)
-    backbone(input_ids=ids_US, attention_mask=mask_US, position_ids=positions_US, past_key_values=cache, use_cache=True)
-    cache.batch_select_indices(which_B)
+class Decoding(Cache):  # type: ignore[misc]
+    """What a batch of responses keeps between tokens."""
+
+    def __init__(self, prompts: Cache, mask_FP: Tensor, prompt_of_B: Tensor) -> None:
+        """`prompts`: their keys and values, padded on the left, which are taken over; `prompt_of_B`: of each row."""
+        super().__init__(layers=[RoomyLayer() for _ in prompts.layers])
+        self._prompt_of_B = prompt_of_B
+        self.shared: Shared | None = None
+        self.bias: Tensor | None = None
+        """[B, 1, 1, room], -inf at padding of what a row keeps itself; None = there is none."""
+        self.caps = True
+        """Whether scores are capped where the model has a cap, which its own attention may pass over."""
+        kept = [(layer.keys, layer.values) for layer in prompts.layers]
+        bias_FP = torch.zeros(mask_FP.shape, device=mask_FP.device).masked_fill_(mask_FP == 0, -torch.inf)
+        if mask_FP.shape[1] >= SHARED and len(prompt_of_B) > len(mask_FP):
+            self.shared = Shared(kept, bias_FP[:, None, None], *_table(prompt_of_B, len(mask_FP)))
+            return
+        for layer, (keys, values) in zip(self.layers, kept, strict=True):
+            layer.update(keys[prompt_of_B], values[prompt_of_B])
+        if not mask_FP.all():
+            self.bias = bias_FP[prompt_of_B, None, None]
+
+    def keep(self, rows: Tensor) -> None:
+        """Of the rows these alone, in this order."""
+        for layer in self.layers:
+            layer.batch_select_indices(rows)
+        if self.bias is not None:
+            self.bias = self.bias[rows]
+        self._prompt_of_B = self._prompt_of_B[rows]
+        if self.shared is not None:
+            left, self._prompt_of_B = self._prompt_of_B.unique(return_inverse=True)
+            layers, bias = self.shared.layers, self.shared.bias
+            if len(left) < len(bias):
+                layers, bias = [(keys[left], values[left]) for keys, values in layers], bias[left]
+            self.shared = Shared(layers, bias, *_table(self._prompt_of_B, len(left)))
+
+    def padding(self, width: int) -> Tensor | None:
+        """[B, 1, 1, width], to be added to the scores of what the rows keep themselves."""
+        if self.bias is None:
+            return None
+        if self.bias.shape[-1] < width:
+            self.bias = torch.nn.functional.pad(self.bias, (0, width + ROOM - self.bias.shape[-1]))
+        return self.bias[..., :width]
+
+
+def _table(prompt_of_B: Tensor, prompts: int) -> tuple[Tensor, Tensor]:
+    """Rows of each prompt [F, M], and the place of each row in that [B]."""
+    counts_F = torch.bincount(prompt_of_B, minlength=prompts)
+    order_B = prompt_of_B.argsort(stable=True)
+    of_B = prompt_of_B[order_B]
+    rank_B = torch.arange(len(order_B), device=order_B.device) - (counts_F.cumsum(0) - counts_F)[of_B]
+    rows_FM = order_B.new_zeros(prompts, int(counts_F.max()))
+    rows_FM[of_B, rank_B] = order_B
+    place_B = torch.empty_like(order_B)
+    place_B[order_B] = of_B * rows_FM.shape[1] + rank_B
+    return rows_FM, place_B
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def decoding_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    decoding: Decoding,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Of one token of each row, [B, H, 1, D], to all before it, in transformers' form. Raises ValueError where the
+    model wants more than that."""
+    wanted = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if wanted:
+        raise ValueError(f"its attention has {wanted[0]}")
+    heads, width = key.shape[1], query.shape[-1]
+    softcap = softcap if decoding.caps else None
+    query_BhGD = query.reshape(len(query), heads, -1, width) * (width**-0.5 if scaling is None else scaling)
+    own = _scores(query_BhGD, key, decoding.padding(key.shape[-2]), softcap)
+    if decoding.shared is None:
+        out_BhGD = own.softmax(-1).to(value.dtype) @ value
+    else:
+        shared = decoding.shared
+        keys, values = shared.layers[module.layer_idx]
+        rows_FM = shared.rows
+        query_FhND = query_BhGD[rows_FM].transpose(1, 2).flatten(2, 3)  # N = M * G
+        scores = _scores(query_FhND, keys, shared.bias, softcap)
+        of_prompts = [
+            part.unflatten(2, (rows_FM.shape[1], -1)).transpose(1, 2).flatten(0, 1)[shared.places]
+            for part in _unnormalised(scores, values)
+        ]
+        out_BhGD = _joined(_unnormalised(own, value), of_prompts).to(value.dtype)
+    return out_BhGD.reshape(len(query), 1, heads * query_BhGD.shape[2], -1), None
+
+
+def _scores(query: Tensor, key: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    scores = (query @ key.transpose(-1, -2)).float()
+    if softcap is not None:
+        scores = (scores / softcap).tanh_() * softcap
+    return scores if bias is None else scores.add_(bias)
+
+
+def _unnormalised(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted values, the sum of the weights, and the largest score, by which weights are e^(score - largest)."""
+    largest = scores.amax(-1, keepdim=True)
+    weights = (scores - largest).exp_()
+    return (weights.to(value.dtype) @ value).float(), weights.sum(-1, keepdim=True), largest
+
+
+def _joined(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """What attention to both parts at once would give."""
+    difference = other[2] - one[2]
+    ours, theirs = (-difference).clamp(max=0).exp(), difference.clamp(max=0).exp()
+    return (one[0] * ours + other[0] * theirs) / (one[1] * ours + other[1] * theirs)
+
+
+@contextmanager
+def attending(lm: Any, decoding: Decoding) -> Iterator[None]:
+    """Meanwhile the model attends as above."""
+    AttentionInterface.register(ATTENTION, decoding_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    config = lm.config.get_text_config()
+    own = config._attn_implementation
+    decoding.caps = own not in WITHOUT_CAP
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def keeps_keys_and_values(lm: Any, longest: int) -> bool:
+    """Whether a transformers model keeps whole keys and values of all of `longest` tokens, and nothing else."""
+    layers = DynamicCache(config=lm.config).layers
+    reach = packing.attention_reach(lm)
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return bool(layers) and plain and (reach is None or longest <= reach)
+
+
+def prompt_cache() -> Cache:
+    return Cache(layer_class_to_replicate=DynamicLayer)

@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from remix.errors import TrainingError
+from remix.errors import Interrupted, TrainingError
 from remix.rollout import frames
 from remix.terminal import printable
 from remix.types import Completion, Request, Sampling
@@ -45,7 +46,7 @@ _OF_THE_TRAINER = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAM
 
 
 class EngineProcess:
-    """An `Engine`: `VLLMEngine` in a child process, one per rank.
+    """A `RemoteEngine`: `VLLMEngine` in a child process, one per rank.
 
     The child is killed with the trainer. An interruption of a call ends it too, without counting as a fault; it is
     started again when needed.
@@ -58,7 +59,7 @@ class EngineProcess:
         self,
         model_path: str,
         *,
-        weights: Callable[[], Weights],
+        weights: Callable[[], Weights] | None,
         message: Callable[[str], None],
         device: torch.device,
         timeout: float = 1800.0,
@@ -68,6 +69,7 @@ class EngineProcess:
         """Starts the child. Raises ValueError where vLLM refuses what is asked, TrainingError where it breaks.
 
         weights: the policy's current weights, as last handed to `sync`; a child that takes another's place gets them.
+        None: a copy of what was handed is kept for it, so that the policy may change while another thread samples.
         message: is told of each restart.
         device: the rank's own; the child sees no other GPU.
         timeout: seconds that one call may take before the child counts as hung.
@@ -77,7 +79,9 @@ class EngineProcess:
         self.restarts = 0
         """Children that took the place of one that died or hung."""
         self._arguments = {"model_path": model_path, **engine}
-        self._weights = weights
+        self._kept: dict[str, Tensor] | None = {} if weights is None else None
+        self._weights = weights or (lambda: dict(self._kept or {}).items())
+        self._abandoned = threading.Event()
         self._message = message
         self._timeout, self._max_restarts = timeout, max_restarts
         self._environment = child_environment(os.environ, device)
@@ -96,6 +100,7 @@ class EngineProcess:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order, as `VLLMEngine.generate`."""
+        self._make_room()
         frame = frames.pack_requests(requests, sampling)
 
         def ask(child: _Child) -> frames.Message:
@@ -110,13 +115,26 @@ class EngineProcess:
 
     def sync(self, weights: Weights) -> None:
         """Takes over all weights, as `VLLMEngine.sync`, one by one, so that no second copy of all is made."""
+        self._make_room()
         self._synced = True
+        self._abandoned.clear()
+        if self._kept is not None:
+            self._kept.clear()  # first, or there would be two copies
+            self._kept.update((name, tensor.detach().to("cpu", copy=True)) for name, tensor in weights)
+            weights = self._kept.items()
         given = [weights]
 
         def ask(child: _Child) -> frames.Message:
             return self._load(child, given.pop() if given else self._weights())
 
         self._call(ask, "taking over weights")
+
+    def abandon(self) -> None:
+        """From any thread: the call under way ends soon, by Interrupted, as does each until the next sync."""
+        self._abandoned.set()
+        child = self._child
+        if child is not None:
+            child.kill()  # its pipes are closed by the thread that reads them
 
     def close(self) -> None:
         """Ends the child. Closing twice is fine."""
@@ -129,12 +147,20 @@ class EngineProcess:
         """The answer of a child that is up, of as many as it takes."""
         while True:
             try:
+                if self._abandoned.is_set():
+                    raise Interrupted
                 return ask(self._child or self._start())
             except _FaultError as fault:
-                self._spend_restart(fault, stage)
+                if not self._abandoned.is_set():
+                    self._spend_restart(fault, stage)
             except BaseException:
                 self._end()  # its answer would be taken for that to the next call
                 raise
+
+    def _make_room(self) -> None:
+        """For a child that wakes up."""
+        if self._arguments.get("sleep") and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def _start(self) -> _Child:
         if torch.cuda.is_initialized():
@@ -145,6 +171,8 @@ class EngineProcess:
         except BaseException:
             starting.add_done_callback(_end_unwanted)
             raise
+        if self._abandoned.is_set():  # just before there was a child to kill
+            raise Interrupted
         reply = self._child.ask([frames.pack(self._arguments)], START_SECONDS)
         if "error" in reply.plain:
             self._end()
@@ -264,10 +292,14 @@ class _Child:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5.0)
 
-    def end(self) -> None:
-        """At once, with whatever it started. What it printed is lost."""
+    def kill(self) -> None:
+        """At once, with whatever it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """The same, with its pipes. What it printed is lost."""
+        self.kill()
         self._process.wait()
         for pipe in self._pipes:
             pipe.close()

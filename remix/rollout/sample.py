@@ -19,9 +19,9 @@ def unwatched(stage: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def rollout_seed(run_seed: int, prompt_id: str, policy_version: int, sample_index: int) -> int:
+def rollout_seed(run_seed: int, prompt_id: str, step: int, sample_index: int) -> int:
     """A sampling seed in [0, 2^31) that names one rollout, so that it can be drawn again on its own."""
-    name = f"{run_seed}/{prompt_id}/{policy_version}/{sample_index}".encode()
+    name = f"{run_seed}/{prompt_id}/{step}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") >> 1
 
 
@@ -42,11 +42,22 @@ class Sampler:
         self.run_seed = run_seed
 
     def sample(
-        self, prompts: Sequence[Prompt], sampling: Sampling, group_size: int, *, version: int, watch: Watch = unwatched
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        group_size: int,
+        *,
+        version: int,
+        step: int | None = None,
+        watch: Watch = unwatched,
     ) -> list[RolloutGroup]:
-        """`group_size` scored responses to each prompt by policy `version`, in the order of the prompts."""
+        """`group_size` scored responses to each prompt by policy `version`, in the order of the prompts.
+
+        `step`: that they are for, where it is not `version`.
+        """
+        step = version if step is None else step
         requests = [
-            Request(prompt.token_ids, rollout_seed(self.run_seed, prompt.id, version, index), prompt.images)
+            Request(prompt.token_ids, rollout_seed(self.run_seed, prompt.id, step, index), prompt.images)
             for prompt in prompts
             for index in range(group_size)
         ]

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 from typing import IO, Any, TypeVar
@@ -23,7 +24,7 @@ from anyio.from_thread import start_blocking_portal
 from torch import Tensor
 
 from remix.durable import locked
-from remix.errors import TrainingError
+from remix.errors import Interrupted, TrainingError
 from remix.rollout import frames
 from remix.rollout.launch import OwnServers
 from remix.rollout.limits import check_fits
@@ -50,7 +51,7 @@ def alone(value: A) -> list[A]:
 
 
 class ServerEngine:
-    """An `Engine`: `remix.rollout.serve` in processes of its own. All ranks sync together, each samples its share.
+    """A `RemoteEngine`: `remix.rollout.serve` in processes of its own. All ranks sync together, each samples its share.
 
     `generate` may run in another thread than the trainer's; a sync waits for its end.
 
@@ -95,6 +96,9 @@ class ServerEngine:
         self._syncs = 0
         self._turn = threading.Lock()
         """Held by a call: no weights change under a response."""
+        self._abandoned = threading.Event()
+        self._asked: Future[Any] | None = None
+        """What `generate` waits for."""
         self._loading = threading.Lock()
         """Held by who hands weights over; guards the next two."""
         self._paths: list[str] = []
@@ -145,8 +149,14 @@ class ServerEngine:
 
         with self._turn:
             while len(found) < len(requests):
-                self._run(round_)
+                self._run(round_, abandonable=True)
         return [found[index] for index in range(len(requests))]
+
+    def abandon(self) -> None:
+        """From any thread: the call under way ends soon, by Interrupted, as does each until the next sync."""
+        self._abandoned.set()
+        if self._asked is not None:
+            self._asked.cancel()
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Hands all weights to all servers, named and shaped as in their checkpoint.
@@ -155,6 +165,7 @@ class ServerEngine:
         weights are not those of the model; the servers go on with those that they had.
         """
         with self._turn:
+            self._abandoned.clear()
             self._gather("")  # once here, no rank samples
             version = f"{self._name}-{self._syncs + 1}"
             error: ValueError | TrainingError | None = None
@@ -310,7 +321,7 @@ class ServerEngine:
     def _at(self, url: str) -> Replica:
         return next(replica for replica in self._replicas if replica.url == url)
 
-    def _run(self, work: Callable[..., Awaitable[A]], *arguments: Any) -> A:
+    def _run(self, work: Callable[..., Awaitable[A]], *arguments: Any, abandonable: bool = False) -> A:
         """With a client, in a thread of its own: what a signal handler raises would be lost in an event loop."""
 
         async def with_client() -> A:
@@ -320,7 +331,15 @@ class ServerEngine:
                 return await work(http, *arguments)
 
         with start_blocking_portal() as portal:
-            return portal.start_task_soon(with_client).result()
+            task = portal.start_task_soon(with_client)
+            if abandonable:
+                self._asked = task
+                if self._abandoned.is_set():  # just before there was a task to cancel
+                    task.cancel()
+            try:
+                return task.result()
+            except CancelledError:
+                raise Interrupted from None
 
 
 async def _each(replicas: Sequence[Replica], ask: Callable[[Replica], Awaitable[A]]) -> list[A]:

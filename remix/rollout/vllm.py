@@ -68,6 +68,7 @@ class VLLMEngine:
     eos_token_ids: tokens that end a response; None = those of the checkpoint's generation config.
     memory_fraction: share of the GPU's memory for weights, activations and KV cache. Without effect on a CPU.
     kv_cache_gib: memory of the KV cache on a CPU. Without effect on a GPU.
+    sleep: whether it gives its memory of the GPU back between calls; see `_awake`. Without effect on a CPU.
     enforce_eager: no CUDA graphs and no compilation: starts sooner, decodes slower. A CPU always runs eagerly.
     lora: the configuration of a LoRA, as PEFT writes it, without what names files. With it `sync` takes the LoRA's
         weights alone, which vLLM keeps beside those of the checkpoint.
@@ -88,6 +89,7 @@ class VLLMEngine:
         memory_fraction: float = 0.4,
         kv_cache_gib: float = 0.25,
         enforce_eager: bool = False,
+        sleep: bool = False,
         seed: int = 0,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -108,6 +110,7 @@ class VLLMEngine:
         self._lora = lora
         self._lora_request: LoRARequest | None = None
         self._never = tuple(never)
+        self._sleeps = sleep
         model = ModelConfig(path=model_path, revision=revision, trust_remote_code=trust_remote_code)
         sees = sees_images(model)
         if sees:
@@ -132,12 +135,15 @@ class VLLMEngine:
                 use_tqdm_on_load=False,
                 enable_lora=lora is not None,
                 **({} if lora is None else {"max_lora_rank": _rank_slots(lora["r"]), "max_loras": 1}),
+                enable_sleep_mode=sleep and not current_platform.is_cpu(),
                 async_scheduling=False,  # a batch scheduled ahead would outlive its call
                 distributed_executor_backend="external_launcher" if self._shares_process_group else "uni",
             )
             (model,) = self._llm.collective_rpc("get_model")
             self._expected = Expected(self._llm.llm_engine.vllm_config, model)
         self.kv_blocks: int = self._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        with _trainer_undisturbed():
+            self._fall_asleep()
         VLLMEngine._open = weakref.ref(self)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -162,7 +168,7 @@ class VLLMEngine:
         ]
         # vLLM compiles its log-prob gather by itself; on a CPU this takes longer (4 to 20 s) than it ever saves.
         eagerly = torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else nullcontext()
-        with _trainer_undisturbed(), eagerly:
+        with _trainer_undisturbed(), eagerly, self._awake("weights", "kv_cache"):
             # A cached block was computed in another batch, perhaps from other weights. Within the call it is shared.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("An interrupted call left vLLM amid a step. Build a new engine.")
@@ -193,13 +199,15 @@ class VLLMEngine:
             self._swap_lora(weights, self._lora)
             return
         self._weights_intact = False
-        with _trainer_undisturbed():
+        # The cache stays away while two sets of weights are there.
+        with _trainer_undisturbed(), self._awake("weights"):
             self._llm.collective_rpc(_load_weights, args=(self._checked(weights),))
         self._weights_intact = True
 
     def _swap_lora(self, weights: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> None:
         tensors = dict(weights)
-        with _trainer_undisturbed(), TemporaryDirectory(dir=SHARED_MEMORY, prefix="remix-lora-") as folder:
+        folder_of = TemporaryDirectory(dir=SHARED_MEMORY, prefix="remix-lora-")
+        with _trainer_undisturbed(), self._awake("weights"), folder_of as folder:
             (Path(folder) / "adapter_config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
             (Path(folder) / "adapter_model.safetensors").write_bytes(frames.pack({}, tensors))
             # In place: another of the same number would be taken for the one that is there.
@@ -214,6 +222,26 @@ class VLLMEngine:
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         VLLMEngine._open = None
+
+    @contextmanager
+    def _awake(self, *tags: str) -> Iterator[None]:
+        """Memory of these kinds is there meanwhile; of an engine that does not sleep it always is.
+
+        What is asleep has no memory: weights wait in main memory (level 1), since a call may come without a `sync`
+        before it, and the cache is made anew for every call anyway.
+        """
+        if self._sleeps:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # vLLM takes memory that is free, not what torch keeps for later
+            self._llm.wake_up(tags=list(tags))
+        try:
+            yield
+        finally:
+            self._fall_asleep()
+
+    def _fall_asleep(self) -> None:
+        if self._sleeps:
+            self._llm.sleep(level=1)
 
     def _prompt(self, request: Request) -> dict[str, Any]:
         if not request.images:

@@ -137,6 +137,11 @@ def _problems(recipe: Recipe, backend: Backend) -> Iterator[str]:
             f"rollout.engine.own_process: an engine that is started again asks one process for weights, which {name} "
             f"gives to none whole; set it to false, or choose another backend: {whole}"
         )
+    if recipe.model.compile:
+        yield (
+            f"model.compile: {name} gathers weights by hooks within the blocks, which are not compiled; set it to "
+            f"false, or choose another backend: {whole}"
+        )
     if recipe.adapter.type not in ("none", "lora"):
         yield f"adapter.type {recipe.adapter.type}: {name} shares out full weights and lora alone; {whole}"
 

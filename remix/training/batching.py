@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -21,7 +22,8 @@ def collate(
 ) -> Batch:
     """[R] tensors of each sample into right-padded [B, T], zero outside the response.
 
-    `multimodal`, `packed`: of the model's forward on these sequences, as `Policy` makes them.
+    `multimodal`, `packed`: of the model's forward on these sequences, as `Policy` makes them. Log-probs of the proximal
+    policy that are not known yet are 0, and those of the behaviour policy where it is the same one: see `begun_by`.
     """
     input_ids, response_mask = token_tensors([sample.rollout for sample in samples])
 
@@ -35,6 +37,9 @@ def collate(
         full = torch.zeros(response_mask.shape).masked_scatter(response_mask, torch.cat(present))
         return full.to(device)
 
+    def or_zero(known: Tensor | None, sample: Sample) -> Tensor:
+        return torch.zeros(sample.num_tokens) if known is None else known
+
     def required(field: Callable[[Sample], Tensor | None]) -> Tensor:
         tensor = scattered(field)
         assert tensor is not None
@@ -44,8 +49,8 @@ def collate(
         input_ids=input_ids.to(device),
         response_mask=response_mask.to(device),
         advantages=required(lambda s: s.advantages),
-        behaviour_logprobs=required(lambda s: s.rollout.behaviour_logprobs),
-        proximal_logprobs=required(lambda s: s.proximal_logprobs),
+        behaviour_logprobs=required(lambda s: or_zero(s.rollout.behaviour_logprobs, s)),
+        proximal_logprobs=required(lambda s: or_zero(s.proximal_logprobs, s)),
         sampler_logprobs=required(lambda s: s.rollout.sampler_logprobs),
         policy_lag=torch.tensor([sample.policy_lag for sample in samples], device=device),
         reference_logprobs=scattered(lambda s: s.rollout.reference_logprobs),
@@ -55,6 +60,13 @@ def collate(
         multimodal=multimodal,
         packed=packed,
     )
+
+
+def begun_by(batch: Batch, logprobs_BT: Tensor) -> Batch:
+    """The batch of which the policy as the step begins says these log-probs: proximal, and behaviour at lag 0."""
+    fresh_B1 = batch.policy_lag[:, None] == 0
+    behaviour_BT = torch.where(fresh_B1, logprobs_BT, batch.behaviour_logprobs)
+    return replace(batch, proximal_logprobs=logprobs_BT, behaviour_logprobs=behaviour_BT)
 
 
 def shared_prompts(rollouts: Sequence[Rollout], parts: int = 1) -> list[list[int]]:

@@ -27,11 +27,13 @@ from remix.rollout.sample import Sampler
 from remix.tasks import PromptStream, TaskSet, encode, load_tasks
 from remix.tracking.progress import Progress
 from remix.tracking.run_log import RunLog, read_metrics
+from remix.training.activations import choose_checkpointing, device_memory
 from remix.training.distributed import Cluster
 from remix.training.exams import build_exams
 from remix.training.experience import Experience
 from remix.training.interruption import Interruption
 from remix.training.loop import Trainer
+from remix.training.memory import estimate_memory
 from remix.training.objective import Objective
 from remix.training.packable import start_packing
 from remix.training.plan import make_plan
@@ -126,6 +128,7 @@ def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy,
     Where parameters are shared out, they are in main memory still: a device need not have room for them all.
     """
     device = torch.device("cpu") if cluster.backend.shares_out else cluster.device
+    _refuse_sleep(recipe, cluster.device)
     if cluster.backend.shares_out and sees_images(recipe.model):
         raise ValueError(
             f"model.path {recipe.model.path}: {cluster.backend.value} does not share out a vision-language model; "
@@ -143,7 +146,7 @@ def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy,
     for task in train:
         if task.excluded:
             progress.message(f"{task.name}: {task.excluded} problems left out, which `exclude` holds too")
-    module = load_actor_critic(recipe, tokenizer, device)
+    module = load_actor_critic(_checkpointing_decided(recipe, cluster, progress), tokenizer, device)
     progress.message(f"trains {trained_share(module.lm)}")
     vision = None if processor is None else Vision(processor, module.lm)
     policy = Policy(module, tokenizer, device=device, temperature=recipe.rollout.temperature, vision=vision)
@@ -153,10 +156,30 @@ def _load(recipe: Recipe, cluster: Cluster, progress: Progress) -> tuple[Policy,
     if recipe.batch.pack:
         tried, budget = [*_prompts([train])], recipe.batch.tokens_per_microbatch
         longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
-        refused = start_packing(policy, tried, tokens_per_microbatch=budget, longest=longest)
+        told = progress.message
+        refused = start_packing(policy, tried, tokens_per_microbatch=budget, longest=longest, message=told)
         if refused is not None:
             progress.message(f"sequences are padded, not packed: {refused}")
     return policy, train, held_out
+
+
+def _checkpointing_decided(recipe: Recipe, cluster: Cluster, progress: Progress) -> Recipe:
+    """The same recipe, its `auto` decided by what the device has room for."""
+    if recipe.model.gradient_checkpointing != "auto":
+        return recipe
+    device, world = device_memory(cluster.device), cluster.world_size
+    chosen = choose_checkpointing(recipe, estimate_memory(recipe), device, cluster.backend, world)
+    progress.message(f"gradient checkpointing {'on' if chosen.on else 'off'}: {chosen.why}")
+    model = recipe.model.model_copy(update={"gradient_checkpointing": chosen.on})
+    return recipe.model_copy(update={"model": model})
+
+
+def _refuse_sleep(recipe: Recipe, device: torch.device) -> None:
+    if getattr(recipe.rollout.engine, "sleep", False) and device.type != "cuda":
+        raise ValueError(
+            "rollout.engine.sleep: vLLM gives back the memory of a GPU alone, and this process has none: set it to "
+            "false"
+        )
 
 
 def _tell_resumed(state: TrainState, changes: Sequence[str], moved: Sequence[str], progress: Progress) -> None:
@@ -241,6 +264,7 @@ def build_engine(
         "memory_fraction": config.memory_fraction,
         "kv_cache_gib": config.kv_cache_gib,
         "enforce_eager": config.enforce_eager,
+        "sleep": config.sleep,
         "seed": recipe.seed,
         "images": max(len(prompt.images) for prompt in prompts),
         "never": policy.module.never,
@@ -252,7 +276,7 @@ def build_engine(
 
         return EngineProcess(
             recipe.model.path,
-            weights=lambda: policy.engine_weights(config),
+            weights=None if recipe.rollout.overlap else lambda: policy.engine_weights(config),
             message=message,
             device=policy.device,
             timeout=config.timeout,

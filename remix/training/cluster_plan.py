@@ -13,7 +13,17 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from remix.config import GAEAdvantage, HFEngineConfig, MixPolicyPhase, Recipe, SeparateCritic, nearest
-from remix.training.memory import DTYPE_BYTES, FLOAT32, Memory, MemoryItem, Part, Totals, critic_parameters
+from remix.training.backends import Backend as Launch
+from remix.training.memory import (
+    DTYPE_BYTES,
+    FLOAT32,
+    Memory,
+    MemoryItem,
+    Part,
+    Totals,
+    critic_parameters,
+    handed_bytes,
+)
 from remix.training.model_shape import ModelShape, find_shape
 from remix.training.plan import PhasePlan, Plan
 
@@ -26,6 +36,13 @@ SHARED: Mapping[Backend, frozenset[Part]] = {
     "fsdp2": frozenset({"weights", "gradients", "moments"}),
 }
 """What processes hold each a W-th of."""
+NAMES: Mapping[Launch, Backend] = {
+    Launch.DDP: "none",
+    Launch.ZERO2: "zero2",
+    Launch.ZERO3: "zero3",
+    Launch.FSDP2: "fsdp2",
+}
+"""Of the backends that a run is launched under."""
 ZERO_BUCKET = 500_000_000
 """Gradients that DeepSpeed gathers before it sends them: its buffer is allocated whole (reduce_bucket_size)."""
 SENT, HELD = 20, 310
@@ -200,14 +217,10 @@ def exchange_bytes(backend: Backend, memory: Memory, count: int, world: int) -> 
 
 
 def sync_bytes(recipe: Recipe, memory: Memory, shape: ModelShape) -> int:
-    """Handed to one engine: 0 to the trainer's own module; a LoRA by itself, 4·T; all weights, 4·N where they are
-    trained, else N in the model's dtype, the adapter merged into them."""
-    engine = recipe.rollout.engine
-    if isinstance(engine, HFEngineConfig):
+    """Handed to one engine: 0 to the trainer's own module; see `handed_bytes`."""
+    if isinstance(recipe.rollout.engine, HFEngineConfig):
         return 0
-    if engine.lora == "hot_swap":
-        return FLOAT32 * ((memory.trained or 0) - critic_parameters(recipe, shape))
-    return shape.parameters * (FLOAT32 if recipe.adapter.type == "none" else DTYPE_BYTES[recipe.model.dtype])
+    return handed_bytes(recipe, shape, (memory.trained or 0) - critic_parameters(recipe, shape))
 
 
 def gather_bytes(items: int, each: int, world: int) -> int:
@@ -235,12 +248,13 @@ def score_bytes(response: int, *, with_values: bool) -> int:
 
 def step_operations(recipe: Recipe, phase: PhasePlan, shape: ModelShape) -> float:
     """Floating-point operations of scoring and updates: 2·M a token forward and 4·M backward, of M parameters in
-    matrices; with frozen weights backward is 2·M, with gradient checkpointing there is one more forward.
+    matrices; with frozen weights backward is 2·M, with gradient checkpointing there is one more forward, and under
+    auto may be.
 
     Attention's own products and the sampling are left out.
     """
     matrices = shape.parameters - (0 if shape.tied else shape.vocab_size * shape.hidden_size)
-    again = 2 * recipe.model.gradient_checkpointing
+    again = 2 * (recipe.model.gradient_checkpointing is not False)
     update = 2 + (4 if recipe.adapter.type == "none" else 2) + again
     longest = recipe.prompt.max_tokens + recipe.rollout.max_tokens
     trained, anchors = phase.tokens * phase.utd_ratio, phase.anchor_forwards
@@ -269,7 +283,7 @@ def _traffic(
         seconds = step_operations(recipe, phase, shape) / (machines.tflops * 1e12 * world)
         rate = tokens / seconds
         if machines.seconds is not None and machines.seconds > seconds:
-            for_step = tokens / (machines.seconds - seconds)
+            for_step = tokens / (machines.seconds - seconds * (not recipe.rollout.overlap))
     return PhaseTraffic(
         type=phase.type,
         rollouts=gather_bytes(phase.fresh_prompts, group_bytes(prompt, response, phase.group_size), world),

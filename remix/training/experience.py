@@ -36,6 +36,10 @@ class Experience:
         self.recipe = recipe
         self.policy = policy
         self.cluster = cluster
+        gae = isinstance(recipe.advantage, GAEAdvantage)  # asks for values, with which log-probs come
+        before = gae or (recipe.kl.weight > 0 and recipe.kl.place == "reward") or policy.drops_out
+        self.defers = recipe.batch.minibatches == 1 and not before and not recipe.imitates
+        """Whether the proximal log-probs are left to the first update, whose forward is over all samples."""
 
     def prepare(
         self,
@@ -46,7 +50,7 @@ class Experience:
         kl_lambda: float,
         reference_since: int,
     ) -> tuple[list[RolloutGroup], list[Sample]]:
-        """The fresh groups, ready to be stored, and the samples of the whole batch, fresh first.
+        """The fresh groups, which `completed` makes ready to be stored, and the samples of the batch, fresh first.
 
         `reference_since` is the step of the last reincarnation: older rollouts carry another reference's log-probs.
         """
@@ -54,10 +58,14 @@ class Experience:
         gae = isinstance(self.recipe.advantage, GAEAdvantage)
         rollouts = [rollout for group in [*fresh, *replayed] for rollout in group.rollouts]
         num_fresh = group_size * len(fresh)
-        proximal = self._proximal(rollouts, with_values=gae)
+        proximal, values = self._proximal(rollouts, with_values=gae)
 
-        for index in range(num_fresh):
-            rollouts[index] = replace(rollouts[index], behaviour_logprobs=proximal[index].logprobs)
+        # What was sampled while the last step updated is by the policy as that began: π_{k-1}.
+        ahead = [r for r in rollouts[:num_fresh] if r.policy_version < step]
+        by_precedent = [s.logprobs for s in self._score(ahead, self.policy.precedent)] if ahead else []
+        assert len(by_precedent) in (0, num_fresh), "the fresh rollouts of a step are all by one policy"
+        for index, logprobs in enumerate(by_precedent or proximal[:num_fresh]):
+            rollouts[index] = replace(rollouts[index], behaviour_logprobs=logprobs)
         if kl.weight and kl.estimator != "full":
             unknown = [
                 i for i, r in enumerate(rollouts) if r.reference_logprobs is None or r.policy_version < reference_since
@@ -69,7 +77,8 @@ class Experience:
         if kl.uses_precedent and kl.estimator != "full":
             # In the reward the KL is that of the policy which sampled, so only fresh rollouts are asked about.
             asked = num_fresh if kl.place == "reward" else len(rollouts)
-            precedent[:asked] = [s.logprobs for s in self._score(rollouts[:asked], self.policy.precedent)]
+            others = self._score(rollouts[len(by_precedent) : asked], self.policy.precedent)
+            precedent[:asked] = [*by_precedent, *(score.logprobs for score in others)]
         if kl.uses_precedent and kl.place == "reward":
             for index in range(num_fresh):
                 rollouts[index] = replace(rollouts[index], precedent_logprobs=precedent[index])
@@ -88,19 +97,37 @@ class Experience:
                 rollout=rollout,
                 policy_lag=step - rollout.policy_version,
                 advantages=torch.zeros(len(rollout.response_ids)) if rollout.advantage is None else rollout.advantage,
-                proximal_logprobs=scores.logprobs,
+                proximal_logprobs=logprobs,
                 precedent_logprobs=anchor,
-                values=scores.values,
+                values=value,
             )
-            for rollout, scores, anchor in zip(rollouts, proximal, precedent, strict=True)
+            for rollout, logprobs, value, anchor in zip(rollouts, proximal, values, precedent, strict=True)
         ]
         samples = [sample for sample in samples if self._trainable(sample)]
         return complete, self._with_returns(samples, kl_lambda) if gae and samples else samples
 
-    def _proximal(self, rollouts: Sequence[Rollout], *, with_values: bool) -> list[TokenScores]:
+    @staticmethod
+    def completed(
+        fresh: Sequence[RolloutGroup], samples: Sequence[Sample], trained: Sequence[Sample]
+    ) -> list[RolloutGroup]:
+        """The fresh groups of `prepare`, ready to be stored. `trained`: its samples, as the updates have made them."""
+        learnt = {before.rollout: after.rollout for before, after in zip(samples, trained, strict=True)}
+        return [
+            replace(group, rollouts=tuple(learnt.get(rollout, rollout) for rollout in group.rollouts))
+            for group in fresh
+        ]
+
+    def _proximal(
+        self, rollouts: Sequence[Rollout], *, with_values: bool
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Log-probs of π_k, and the critic's values; None where they are not asked for."""
+        nothing = [None] * len(rollouts)
+        if self.defers:
+            return nothing, nothing
         if self.recipe.imitates:  # no ratio compares a demonstration with what the policy was
-            return [TokenScores(rollout.sampler_logprobs, None) for rollout in rollouts]
-        return self._score(rollouts, with_values=with_values)
+            return [rollout.sampler_logprobs for rollout in rollouts], nothing
+        scores = self._score(rollouts, with_values=with_values)
+        return [score.logprobs for score in scores], [score.values for score in scores]
 
     def _score(
         self, rollouts: Sequence[Rollout], anchor: Snapshot | None = None, with_values: bool = False
@@ -122,6 +149,8 @@ class Experience:
 
     def _trainable(self, sample: Sample) -> bool:
         rollout = sample.rollout
+        if sample.policy_lag and rollout.behaviour_logprobs is None:
+            return False  # it was not trained on when it was fresh either, and no update has said them
         if self.recipe.rollout.mask_overlong and rollout.truncated:
             return False
         if rollout.score is not None and rollout.score.failed:

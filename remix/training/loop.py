@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from remix.tracking.progress import Progress
 from remix.tracking.rollout_stats import rollout_metrics, sampler_mismatch
 from remix.tracking.run_log import RunLog
 from remix.tracking.stopwatch import Stopwatch
+from remix.training.beside import Beside
 from remix.training.distributed import Cluster
 from remix.training.experience import Experience
 from remix.training.interruption import Interruption
@@ -34,10 +35,20 @@ from remix.training.reincarnation import reincarnate
 from remix.training.shards import Shards
 from remix.training.state import TrainState, to_checkpoint, whole_tensors
 from remix.training.update import Updater
-from remix.types import Prompt, Rollout, RolloutGroup, Sampling
+from remix.types import Prompt, RemoteEngine, Rollout, RolloutGroup, Sampling
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+class Sampled(NamedTuple):
+    """The fresh rollouts of a step."""
+
+    kept: list[RolloutGroup]
+    dropped: list[RolloutGroup]
+    """Their rewards are all equal."""
+    position: int
+    """Prompts taken from the stream, these included."""
 
 
 @dataclass
@@ -63,6 +74,8 @@ class Trainer:
     """Hashes of model and data; see `run_identity`."""
     alignment: Alignment | None = None
     interruption: Interruption = field(default_factory=Interruption)
+    _ahead: Sampled | None = None
+    """Of the next step, where this one has it sampled already."""
 
     def fit(self) -> None:
         """The steps that remain, with an evaluation before the first and after the last.
@@ -73,12 +86,13 @@ class Trainer:
         self.interruption.begin()
         watch, started = Stopwatch(self.progress.stage), time.perf_counter() - self.state.seconds
         try:
-            self._sync(watch)
+            probe = self._sync(watch)
             if self.state.base_evaluation is None and self.recipe.eval.before:
                 self.state.base_evaluation = self._evaluate(watch)
                 self.progress.update(0, self.state.base_evaluation, self._phase.type)
             if self.state.unlogged is not None:
-                self._finish(self.state.step - 1, self.state.unlogged)
+                self._finish(self.state.step - 1, probe | self.state.unlogged)
+            self._sample_again(watch)
             for step in range(self.state.step, self.recipe.last_step):
                 metrics = self._step(step)
                 self.state.seconds = time.perf_counter() - started
@@ -96,22 +110,60 @@ class Trainer:
         phase, kl_lambda = self._phase, self.state.phase.lambda_at(step, self.recipe.kl.lambda_schedule)
         fresh, dropped = self._sample(phase, step, watch)
         replayed = self._draw(phase, step, len(fresh))
-        self.policy.begin_step(keep_precedent=self.recipe.kl.uses_precedent)
-        with watch("anchors"):
-            since = max(self.state.phase.reincarnations, default=0)
-            fresh, samples = self.experience.prepare(
-                fresh, replayed, step=step, kl_lambda=kl_lambda, reference_since=since
-            )
-        if any(later.window for later in self.recipe.phases[self.state.phase.index :]):
-            self.replay.add(fresh, step)
-        self.shards.write(step, fresh, dropped)
-        metrics = self._describe(fresh, dropped, replayed, len(samples)) | {"kl/lambda": kl_lambda}
-        with watch("updating"):
-            metrics |= self.updater.run(samples, step=step, passes=phase.utd_ratio, kl_lambda=kl_lambda)
-            metrics |= self._align(step, int(metrics.get("updates", 0)))
+        metrics = self._describe(fresh, dropped, replayed) | {"kl/lambda": kl_lambda}
+        with self._beside(phase, step, metrics, len(fresh)) as ahead:
+            self.policy.begin_step(keep_precedent=self.recipe.keeps_precedent)
+            with watch("anchors"):
+                since = max(self.state.phase.reincarnations, default=0)
+                fresh, samples = self.experience.prepare(
+                    fresh, replayed, step=step, kl_lambda=kl_lambda, reference_since=since
+                )
+            with watch("updating"):
+                learnt, trained = self.updater.run(samples, step=step, passes=phase.utd_ratio, kl_lambda=kl_lambda)
+                metrics |= learnt | self._align(step, int(learnt.get("updates", 0)))
+            metrics |= {"batch/left_out": metrics["batch/rollouts"] - len(samples)}
+            self._store(self.experience.completed(fresh, samples, trained), dropped, metrics)
+            self.state.step = step + 1
+            if ahead is not None:
+                self.state.unlogged = metrics | watch.metrics()  # should a signal end the wait
+                self._ahead = self._rounds(phase, step + 1, watch, version=step, first=ahead)
+                metrics |= ahead.metrics()
         metrics |= self._sync(watch)
-        self.state.step = step + 1
         return metrics | watch.metrics()
+
+    def _store(self, fresh: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
+        """What a step has sampled, to replay and to the rollout log."""
+        if any(later.window for later in self.recipe.phases[self.state.phase.index :]):
+            self.replay.add(fresh, self.state.step)
+        self.shards.write(self.state.step, fresh, dropped)
+        metrics |= {} if self.recipe.imitates else sampler_mismatch(fresh)
+
+    def _beside(
+        self, phase: PhaseConfig, step: int, metrics: Mapping[str, float], coming: int
+    ) -> AbstractContextManager[Beside[list[RolloutGroup]] | None]:
+        """This rank's share of the next step's first round, sampled meanwhile by the policy as this step begins.
+
+        `coming`: groups that this step has yet to give to replay.
+        """
+        state = replace(self.state.phase, history=[*self.state.phase.history, dict(metrics)])
+        if not self.recipe.rollout.overlap or step + 1 >= self.recipe.last_step or ends(phase, state) is not None:
+            return nullcontext()
+        prompts = self.stream.take(self.state.prompt_position, self._wanted(phase, step + 1, coming))
+        share = self.cluster.share(named_apart(prompts, []))
+        silent = Stopwatch(lambda _: None)
+        engine = cast(RemoteEngine, self.sampler.engine)  # or the recipe is refused
+        return Beside(lambda: self._ask(share, step + 1, step, silent), engine.abandon)
+
+    def _sample_again(self, watch: Stopwatch) -> None:
+        """In a run that goes on: what the last step had sampled beside it, by the policy as that step began."""
+        step, before, phase = self.state.step, self.policy.next_precedent, self.state.phase
+        begun = phase.start_step < step < self.recipe.last_step and ends(self._phase, phase) is None
+        if not self.recipe.rollout.overlap or before is None or not begun:
+            return
+        with self.policy.acting_as(before):
+            self._sync(watch)
+            self._ahead = self._rounds(self._phase, step, watch, version=step - 1)
+        self._sync(watch)
 
     def _finish(self, step: int, metrics: dict[str, float]) -> None:
         """The evaluation that is due after a step, and everything that is written then."""
@@ -183,31 +235,53 @@ class Trainer:
 
     def _sample(self, phase: PhaseConfig, step: int, watch: Stopwatch) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
         """Fresh scored groups to train on, and those dropped because their rewards are all equal."""
-        wanted = self.recipe.batch.prompts - min(
-            self.recipe.batch.prompts - self.recipe.fresh_prompts(phase), self.replay.available(step, phase.window)
-        )
+        sampled, self._ahead = self._ahead or self._rounds(phase, step, watch, version=step), None
+        kept, dropped, self.state.prompt_position = sampled
+        self.state.rollouts += self.recipe.rollout.group_size * (len(kept) + len(dropped))
+        rollouts = [rollout for group in (*kept, *dropped) for rollout in group.rollouts]
+        if not any(rollout.sampler_logprobs.isfinite().all() for rollout in rollouts):
+            raise TrainingError(
+                f"step {step}: the log-probs of every response are NaN or infinite: the policy is broken. Go on from "
+                "an earlier checkpoint with a lower optimizer.lr, or start from a model that is whole"
+            )
+        self._check_scores(step, rollouts)
+        return kept, dropped
+
+    def _wanted(self, phase: PhaseConfig, step: int, coming: int = 0) -> int:
+        """Fresh groups: more than (1 - p) of the batch, where replay cannot fill the rest."""
+        replayed = self.recipe.batch.prompts - self.recipe.fresh_prompts(phase)
+        return self.recipe.batch.prompts - min(replayed, self.replay.available(step, phase.window) + coming)
+
+    def _rounds(
+        self,
+        phase: PhaseConfig,
+        step: int,
+        watch: Stopwatch,
+        *,
+        version: int,
+        first: Beside[list[RolloutGroup]] | None = None,
+    ) -> Sampled:
+        """All that a step needs of policy `version`, which the engine holds; `first`: where the first round is."""
+        wanted, position = self._wanted(phase, step), self.state.prompt_position
         kept: list[RolloutGroup] = []
         dropped: list[RolloutGroup] = []
-        position = self.state.prompt_position
+
+        def work(share: Sequence[Prompt]) -> list[RolloutGroup]:
+            if first is None or kept or dropped:
+                return self._ask(share, step, version, watch)
+            with watch("sampling"):
+                return first.result()
+
         for _ in range(1 + self.recipe.rollout.refill.max_rounds):
             if len(kept) == wanted:
                 break
             earlier = [group.prompt.id for group in (*kept, *dropped)]
             prompts = named_apart(self.stream.take(position, wanted - len(kept)), earlier)
             position += len(prompts)
-            for group in self._rollouts(prompts, step, watch):
+            for group in self._abandonable(work, prompts, "sampling"):
                 uniform = self.recipe.drops_uniform_groups and group.uniform
                 (dropped if uniform else kept).append(group)
-        self.state.prompt_position = position
-        self.state.rollouts += self.recipe.rollout.group_size * (len(kept) + len(dropped))
-        sampled = [rollout for group in (*kept, *dropped) for rollout in group.rollouts]
-        if not any(rollout.sampler_logprobs.isfinite().all() for rollout in sampled):
-            raise TrainingError(
-                f"step {step}: the log-probs of every response are NaN or infinite: the policy is broken. Go on from "
-                "an earlier checkpoint with a lower optimizer.lr, or start from a model that is whole"
-            )
-        self._check_scores(step, sampled)
-        return kept, dropped
+        return Sampled(kept, dropped, position)
 
     def _check_scores(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Says once a step why a response could not be scored; raises TrainingError where too many could not."""
@@ -223,14 +297,11 @@ class Trainer:
             )
         self.progress.message(f"{said} and are left out, for example: {why}")
 
-    def _rollouts(self, prompts: Sequence[Prompt], step: int, watch: Stopwatch) -> list[RolloutGroup]:
+    def _ask(self, share: Sequence[Prompt], step: int, version: int, watch: Stopwatch) -> list[RolloutGroup]:
+        """For a step, of policy `version`, which the engine holds. No other rank is spoken to."""
         rollout = self.recipe.rollout
         sampling = Sampling(max_tokens=rollout.max_tokens, temperature=rollout.temperature)
-
-        def work(share: Sequence[Prompt]) -> list[RolloutGroup]:
-            return self.sampler.sample(share, sampling, rollout.group_size, version=step, watch=watch)
-
-        return self._abandonable(work, prompts, "sampling")
+        return self.sampler.sample(share, sampling, rollout.group_size, version=version, step=step, watch=watch)
 
     def _abandonable(self, work: Callable[[Sequence[A]], list[B]], items: Sequence[A], stage: str) -> list[B]:
         """`work` over all ranks, which an interruption cuts short. Raises Interrupted on all of them alike."""
@@ -299,11 +370,7 @@ class Trainer:
         return metrics
 
     def _describe(
-        self,
-        fresh: Sequence[RolloutGroup],
-        dropped: Sequence[RolloutGroup],
-        replayed: Sequence[RolloutGroup],
-        num_samples: int,
+        self, fresh: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup], replayed: Sequence[RolloutGroup]
     ) -> dict[str, float]:
         """Metrics of what was sampled and mixed."""
         sampled, log = [*fresh, *dropped], self.recipe.log
@@ -315,7 +382,5 @@ class Trainer:
             "rollouts/fresh": self.recipe.rollout.group_size * len(sampled),
             "batch/rollouts": batch,
             "batch/replayed": self.recipe.rollout.group_size * len(replayed),
-            "batch/left_out": batch - num_samples,
             **rollout_metrics(sampled, log.reflection_patterns),
-            **({} if self.recipe.imitates else sampler_mismatch(fresh)),
         }

@@ -106,16 +106,28 @@ def _items(recipe: Recipe, shape: ModelShape, trained: int, critic: int) -> Iter
     yield MemoryItem("logits of a chunk", chunk * shape.vocab_size * FLOAT32 * LOGITS_COPIES)
     if isinstance(recipe.rollout.engine, VLLMEngineConfig):
         yield MemoryItem(f"vLLM weights, {recipe.model.dtype}", model_bytes)
+        yield MemoryItem("vLLM weights while it sleeps", model_bytes * recipe.rollout.engine.sleep, host=True)
         if recipe.rollout.engine.lora == "hot_swap":
             yield MemoryItem(f"vLLM LoRA, {recipe.model.dtype}", trained * DTYPE_BYTES[recipe.model.dtype])
         yield MemoryItem("vLLM cache", int(recipe.rollout.engine.kv_cache_gib * 2**30))
     anchored = recipe.kl.weight > 0
     snapshot = trained * FLOAT32
-    yield MemoryItem("anchor while it scores", snapshot * anchored, part="weights", anchor=True)
+    scored = anchored or recipe.rollout.overlap
+    yield MemoryItem("anchor while it scores", snapshot * scored, part="weights", anchor=True)
     yield MemoryItem("reference snapshot", snapshot * anchored, host=True, part="weights", anchor=True)
     # Two: one in use while the next is being taken.
-    both = snapshot * 2 * recipe.kl.uses_precedent
+    both = snapshot * 2 * recipe.keeps_precedent
     yield MemoryItem("precedent snapshots", both, host=True, part="weights", anchor=True)
+    if recipe.rollout.overlap and isinstance(recipe.rollout.engine, VLLMEngineConfig):
+        yield MemoryItem("weights as vLLM was handed them", handed_bytes(recipe, shape, trained), host=True)
+
+
+def handed_bytes(recipe: Recipe, shape: ModelShape, trained: int) -> int:
+    """To an engine at a sync: a LoRA by itself, 4·T; all weights, 4·N where they are trained, else N in the model's
+    dtype, the adapter merged into them."""
+    if getattr(recipe.rollout.engine, "lora", "merged") == "hot_swap":
+        return FLOAT32 * trained
+    return shape.parameters * (FLOAT32 if recipe.adapter.type == "none" else DTYPE_BYTES[recipe.model.dtype])
 
 
 def critic_parameters(recipe: Recipe, shape: ModelShape) -> int:

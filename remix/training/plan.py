@@ -32,7 +32,15 @@ from remix.config import (
     VLLMServerConfig,
 )
 from remix.evaluation.overrides import evaluation_responses
+from remix.training.activations import (
+    Activations,
+    Checkpointing,
+    choose_checkpointing,
+    device_memory,
+    estimate_activations,
+)
 from remix.training.memory import Memory, estimate_memory
+from remix.training.model_shape import find_shape
 from remix.training.refusals import is_local, refuse_contradictions
 from remix.training.schedule import first_step_rollouts, schedules, step_rollouts
 
@@ -119,6 +127,10 @@ class Plan:
     evaluation_rollouts: int
     memory: Memory
     """Of one process."""
+    activations: Activations | None
+    """Of one process; None = the model's size is unknown."""
+    checkpointing: Checkpointing
+    """As it would be decided on this machine."""
     notes: tuple[str, ...]
     """Assumptions behind the numbers."""
 
@@ -133,6 +145,8 @@ def make_plan(recipe: Recipe, world_size: int = 1) -> Plan:
         return _span(sum(of_phase(*pair) for pair in zip(phases, schedule, strict=True)) for schedule in lengths)
 
     evaluations, memory = _evaluations(recipe), estimate_memory(recipe)
+    shape = None if memory.unknown else find_shape(recipe.model)
+    here = device_memory() if recipe.model.gradient_checkpointing == "auto" else (0, "")
     return Plan(
         run_dir=recipe.run_dir,
         model=recipe.model.path,
@@ -151,6 +165,8 @@ def make_plan(recipe: Recipe, world_size: int = 1) -> Plan:
         evaluations=evaluations,
         evaluation_rollouts=evaluations * evaluation_responses(recipe),
         memory=memory,
+        activations=None if shape is None else estimate_activations(recipe, shape),
+        checkpointing=choose_checkpointing(recipe, memory, here, world_size=world_size),
         notes=tuple(_notes(recipe, phases, memory)),
     )
 
@@ -188,11 +204,12 @@ def _anchor_forwards(recipe: Recipe, phase: PhaseConfig) -> AnchorForwards:
     # The exact KL keeps no log-probs: it passes the whole batch through the anchor at every update.
     whole = rollouts * phase.utd_ratio if recipe.kl.estimator == "full" else None
     # In the reward the KL is part of what a rollout earned when it was sampled, and is not taken again.
-    precedent = fresh if recipe.kl.place == "reward" else rollouts
+    precedent = (whole or (fresh if recipe.kl.place == "reward" else rollouts)) * recipe.kl.uses_precedent
+    ahead = fresh * recipe.rollout.overlap  # sampled by the precedent, which is asked for their log-probs anyway
     return AnchorForwards(
         proximal=rollouts,
         reference=(whole or fresh) * (recipe.kl.weight > 0),
-        precedent=(whole or precedent) * recipe.kl.uses_precedent,
+        precedent=precedent + ahead if whole else max(precedent, ahead),
         critic=rollouts * isinstance(recipe.critic, SeparateCritic),
     )
 
@@ -286,11 +303,19 @@ def _notes(recipe: Recipe, phases: tuple[PhasePlan, ...], memory: Memory) -> Ite
         )
     if recipe.drops_uniform_groups:
         yield "Groups whose rewards are all equal are left out of the updates, so batches may be smaller than planned."
+    if recipe.rollout.overlap:
+        yield (
+            "While a step is scored and updates, the next is sampled (rollout.overlap): a step takes as long as the "
+            "longer of the two, and from the second step of a phase on fresh rollouts are one policy old (policy_lag "
+            "1), replayed ones up to window + 1."
+        )
     if any(phase.steps.low != phase.steps.high for phase in phases):
         yield "Where a trigger depends on what the run measures, counts are bounds over all its possible ends."
     if memory.unknown:
         return
-    yield "Memory leaves out activations, which follow batch.tokens_per_microbatch."
+    yield "Activations come on top while a micro-batch of batch.tokens_per_microbatch is computed."
+    if recipe.model.gradient_checkpointing == "auto":
+        yield "model.gradient_checkpointing auto is decided when the run starts, by the memory of its own device."
     if isinstance(recipe.rollout.engine, VLLMEngineConfig):
         yield (
             f"On a GPU vLLM takes memory_fraction {recipe.rollout.engine.memory_fraction:g} of it, "

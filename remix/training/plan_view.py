@@ -11,13 +11,12 @@ from rich.text import Text
 
 from remix.terminal import showable
 from remix.training.cluster_plan import ClusterPlan
-from remix.training.memory import Memory
 from remix.training.plan import PhasePlan, Plan, Span
 
 
 def render(plan: Plan) -> RenderableType:
     return Group(
-        *(Padding(part, (0, 0, 1, 1)) for part in (_header(plan), _phases(plan), _run(plan), _memory(plan.memory))),
+        *(Padding(part, (0, 0, 1, 1)) for part in (_header(plan), _phases(plan), _run(plan), _memory(plan))),
         *(Padding(Text(f"· {showable(note)}", style="dim"), (0, 0, 0, 1)) for note in plan.notes),
     )
 
@@ -136,7 +135,8 @@ def _run(plan: Plan) -> RenderableType:
     return table
 
 
-def _memory(memory: Memory) -> RenderableType:
+def _memory(plan: Plan) -> RenderableType:
+    memory = plan.memory
     table = _table(Text("Memory of a process", style="bold"), "")
     if memory.unknown:
         table.add_row("unknown", Text(showable(memory.unknown), style="yellow"))
@@ -150,7 +150,15 @@ def _memory(memory: Memory) -> RenderableType:
             total = memory.host_bytes if host else memory.device_bytes
             where = "in host memory" if host else "on its device"
             table.add_row(Text(where, style="bold"), Text(human_bytes(total), style="bold"))
-    return table
+    if plan.activations is None:
+        return table
+    kept, less = (human_bytes(count) for count in (plan.activations.kept, plan.activations.checkpointed))
+    table.add_row("activations, at most", kept)
+    table.add_row("if checkpointed", less)
+    rows = Table.grid(padding=(0, 3, 0, 0))
+    on = "on" if plan.checkpointing.on else "off"
+    rows.add_row(Text("gradient checkpointing", style="dim"), f"{on}: {plan.checkpointing.why}")
+    return Group(table, rows)
 
 
 def _backends(plan: ClusterPlan) -> RenderableType:

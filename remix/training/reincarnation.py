@@ -25,7 +25,7 @@ def reincarnate(recipe: Recipe, policy: Policy, updater: Updater, replay: Replay
         _merge(recipe, policy, state.step)
         state.base_merged = True
     policy.reference = policy.snapshot() if recipe.kl.weight else None
-    if config.lora == "merge" and recipe.kl.uses_precedent:
+    if config.lora == "merge" and recipe.keeps_precedent:
         # Older snapshots are of an adapter on other base weights.
         policy.precedent = policy.next_precedent = policy.snapshot()
     if config.empty_replay:

@@ -47,7 +47,7 @@ class TrainState:
     best_step: int | None = None
     """Training steps done when it was reached."""
     unlogged: dict[str, float] | None = None
-    """Metrics of the last step, where the run was interrupted in the evaluation that belongs to them."""
+    """Metrics of the last step, where the run was interrupted in what follows its updates."""
     base_merged: bool = False
     """An adapter was folded into the base weights, which are therefore no longer the base model's."""
     phase: PhaseState = field(default_factory=PhaseState)

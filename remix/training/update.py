@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from remix.checkpoint import save_tensors
 from remix.config import OptimizerConfig, Recipe
@@ -18,11 +18,11 @@ from remix.models.actor_critic import ActorCritic, AnchorStates, PolicyOutput
 from remix.models.parts import Hollow
 from remix.models.policy import Policy
 from remix.tracking.token_stats import TokenStats
-from remix.training.batching import collate, cost, shared_prompts
+from remix.training.batching import begun_by, collate, cost, shared_prompts
 from remix.training.distributed import Cluster
 from remix.training.objective import Objective
 from remix.training.stepper import Stepper
-from remix.types import Batch, LossInputs, LossOutput, Sample
+from remix.types import Batch, LossInputs, Sample
 
 MOST_DUMPS = 16
 """Skipped batches that a run leaves on disk."""
@@ -54,14 +54,19 @@ class Updater:
         """Moments start anew."""
         self.stepper.forget()
 
-    def run(self, samples: Sequence[Sample], *, step: int, passes: int, kl_lambda: float) -> dict[str, float]:
+    def run(
+        self, samples: Sequence[Sample], *, step: int, passes: int, kl_lambda: float
+    ) -> tuple[dict[str, float], Sequence[Sample]]:
         """Token statistics over all updates, and the mean of each loss term and gradient norm; {} without samples.
+
+        Beside them the samples, completed by what the first update says of them where their proximal log-probs were
+        not known.
 
         An update whose loss or gradient is not finite is skipped: it counts in `updates/skipped` alone. Raises
         TrainingError after too many in a row.
         """
         if not samples:
-            return {}
+            return {}, samples
         factor = schedule_factor(self.recipe.optimizer, step, self.recipe.steps)
         for group in self.stepper.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -71,8 +76,8 @@ class Updater:
         rng = np.random.default_rng((self.recipe.seed, step, 2))
         for _ in range(passes):
             for minibatch in _minibatches(samples, self.recipe.batch.minibatches, rng):
-                of_update = TokenStats()
-                terms = self.accumulate(minibatch, of_update, kl_lambda=kl_lambda)
+                of_update, said = TokenStats(), dict[int, Tensor]()
+                terms = self.accumulate(minibatch, of_update, kl_lambda=kl_lambda, said=said)
                 # Each group on its own: a critic far from its target must not shrink the policy's step.
                 norms = self.stepper.clip(self.recipe.optimizer.max_grad_norm)
                 terms |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
@@ -87,45 +92,65 @@ class Updater:
                     stats = TokenStats.merge([stats, of_update])
                     totals = {name: totals.get(name, 0.0) + value for name, value in terms.items()}
                     count += 1
+                if minibatch[0].proximal_logprobs is None:
+                    samples = self._begun(samples, minibatch, said)
         stats = TokenStats.merge(self.cluster.gather(stats.sampled(), "the statistics of the update"))
         means = {name: total / count for name, total in totals.items()}
-        return stats.metrics() | means | {"updates": count, "updates/skipped": skipped}
+        return stats.metrics() | means | {"updates": count, "updates/skipped": skipped}, samples
 
-    def accumulate(self, minibatch: Sequence[Sample], stats: TokenStats, *, kl_lambda: float) -> dict[str, float]:
+    def accumulate(
+        self,
+        minibatch: Sequence[Sample],
+        stats: TokenStats,
+        *,
+        kl_lambda: float,
+        said: dict[int, Tensor] | None = None,
+    ) -> dict[str, float]:
         """The gradient of one optimiser step, in as many micro-batches and on as many ranks as it takes.
 
-        Returns the terms of the loss, summed over all of them.
+        Returns the terms of the loss, summed over all of them. `said` is filled with this rank's log-probs of samples
+        whose proximal ones are not known: the policy is still what it was as the step began.
         """
+        first = minibatch[0].proximal_logprobs is None
         denominator = self.objective.denominator(minibatch)
         together = shared_prompts([sample.rollout for sample in minibatch], self.cluster.world_size)
         costs = [cost([minibatch[i].rollout for i in indices]) for indices in together]
-        share: Sequence[Sample] = [minibatch[i] for indices in self.cluster.share(together, costs) for i in indices]
+        share = [i for indices in self.cluster.share(together, costs) for i in indices]
         # A rank without samples, or with fewer micro-batches where all have to make as many, goes through the motions
         # at weight 0, or the others would wait for its gradients.
         own = bool(share)
-        share = share or minibatch[:1]
-        rollouts = [sample.rollout for sample in share]
+        share = share or [0]
+        rollouts = [minibatch[i].rollout for i in share]
         groups = self.policy.microbatches(rollouts, self.recipe.batch.tokens_per_microbatch)
         rounds = self.cluster.most(len(groups), "the size of the update")
         terms: dict[str, float] = {}
         for number in range(rounds):
             weight = 1.0 if own and number < len(groups) else 0.0
             indices = groups[number % len(groups)]
-            chosen = [share[i] for i in indices]
+            chosen = [minibatch[share[i]] for i in indices]
             of_chosen = [rollouts[i] for i in indices]
             multimodal, packed = self.policy.multimodal(of_chosen), self.policy.packed(of_chosen)
             batch = collate(chosen, self.policy.device, multimodal, packed)
             with self.cluster.accumulate(self.model, last=number == rounds - 1):
-                output = self._loss(batch, kl_lambda=kl_lambda, denominator=denominator)
+                policy, divergences = self._forward(batch)
+                if first:
+                    batch = begun_by(batch, policy.logprobs.detach())
+                inputs = LossInputs(batch, policy.logprobs, policy.entropy, policy.values, **divergences)
+                output = self.objective(inputs, kl_lambda=kl_lambda, denominator=denominator)
                 self.cluster.backward(output.loss * weight)
                 # Inside, since on a GPU it is here that a rank waits for gradients.
                 for name, term in output.terms.items():
                     terms[f"loss/{name}"] = terms.get(f"loss/{name}", 0.0) + weight * term.item()
             if weight:
                 stats.add(output.tokens)
+            if weight and first and said is not None:
+                lengths = [minibatch[share[i]].num_tokens for i in indices]
+                rows = batch.proximal_logprobs[batch.response_mask].cpu().split(lengths)
+                said |= {share[i]: row.clone() for i, row in zip(indices, rows, strict=True)}
         return {name: sum(values) for name, values in _transposed(self.cluster.gather(terms, "the terms of the loss"))}
 
-    def _loss(self, batch: Batch, *, kl_lambda: float, denominator: float) -> LossOutput:
+    def _forward(self, batch: Batch) -> tuple[PolicyOutput, dict[str, Tensor]]:
+        """What the policy says, and its exact KL to the anchors where it is in use."""
         anchors = self._anchor_states(batch)
         output: PolicyOutput = self.model(
             batch.input_ids,
@@ -135,16 +160,20 @@ class Updater:
             multimodal=batch.multimodal,
             packed=batch.packed,
         )
-        divergences = dict(zip(anchors, output.divergences, strict=True))
-        inputs = LossInputs(
-            batch,
-            output.logprobs,
-            output.entropy,
-            output.values,
-            kl_reference=divergences.get("reference"),
-            kl_precedent=divergences.get("precedent"),
-        )
-        return self.objective(inputs, kl_lambda=kl_lambda, denominator=denominator)
+        return output, {f"kl_{name}": kl for name, kl in zip(anchors, output.divergences, strict=True)}
+
+    def _begun(self, samples: Sequence[Sample], minibatch: Sequence[Sample], said: dict[int, Tensor]) -> list[Sample]:
+        """The samples with what all ranks have found of them as the step began. `minibatch`: all of them, shuffled."""
+        of_ranks = self.cluster.gather(said, "the proximal log-probs")
+        found = {minibatch[index]: row for of_rank in of_ranks for index, row in of_rank.items()}
+
+        def begun(sample: Sample) -> Sample:
+            rollout, logprobs = sample.rollout, found[sample]
+            if sample.policy_lag == 0:
+                rollout = replace(rollout, behaviour_logprobs=logprobs)
+            return replace(sample, rollout=rollout, proximal_logprobs=logprobs)
+
+        return [begun(sample) for sample in samples]
 
     def _anchor_states(self, batch: Batch) -> dict[str, AnchorStates]:
         """For the exact KL alone: its distributions are too large to be stored with the rollouts."""

@@ -20,8 +20,8 @@ def nan_gradients(updates: str) -> None:
 
     chosen, accumulate, count = {int(number) for number in updates.split(",")}, Updater.accumulate, [0]
 
-    def planted(self: Updater, minibatch: Any, stats: Any, *, kl_lambda: float) -> dict[str, float]:
-        terms = accumulate(self, minibatch, stats, kl_lambda=kl_lambda)
+    def planted(self: Updater, *args: Any, **keys: Any) -> dict[str, float]:
+        terms = accumulate(self, *args, **keys)
         count[0] += 1
         if count[0] in chosen:
             next(p for p in self.policy.module.parameters() if p.grad is not None).grad.view(-1)[0] = math.nan
@@ -38,9 +38,9 @@ def nan_losses(updates: str) -> None:
     chosen, count = {int(number) for number in updates.split(",")}, [0]
     accumulate, backward = Updater.accumulate, Cluster.backward
 
-    def counted(self: Updater, minibatch: Any, stats: Any, *, kl_lambda: float) -> dict[str, float]:
+    def counted(self: Updater, *args: Any, **keys: Any) -> dict[str, float]:
         count[0] += 1
-        return accumulate(self, minibatch, stats, kl_lambda=kl_lambda)
+        return accumulate(self, *args, **keys)
 
     def planted(self: Cluster, loss: Any) -> None:
         backward(self, loss * math.nan if count[0] in chosen else loss)

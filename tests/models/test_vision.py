@@ -136,6 +136,31 @@ def test_the_trainer_sees_what_generation_sees(family: str, pictures: list[str],
     assert worst(scored(policy, swapped), [r.sampler_logprobs for r in rollouts if len(r.images) == 1]) > 1e-2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_decode_as_text_models_do_have_the_draws_of_generate(
+    family: str, pictures: list[str], tmp_path: Path
+) -> None:
+    """Qwen2-VL counts the places of its images by rows and columns, which is found by its log-probs; Gemma 3 has a
+    window of fewer tokens. Those go by `generate`."""
+    with torch.random.fork_rng():
+        lm, processor = FAMILIES[family](tmp_path)
+    lm = lively(lm)
+    lm.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+    module = ActorCritic(lm, never=placeholder_ids(lm.config))
+    policy = Policy(module, processor.tokenizer, device=CPU, temperature=1.0, vision=Vision(processor, lm))
+    prompts = problems(pictures, processor, alike=family == "idefics3")
+    requests = [Request(prompt.token_ids, seed, prompt.images) for prompt in prompts for seed in range(3)]
+    engine, sampling = engine_of(policy), Sampling(6)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_tokens
+    assert engine._decodes(requests, longest) == (family not in ("qwen2_vl", "gemma3"))
+    plain = zip(*engine._generated(requests, sampling), strict=True)
+    for found, expected in zip(engine.generate(requests, sampling), plain, strict=True):
+        completion = engine._completion(*expected)
+        assert torch.equal(found.response_ids, completion.response_ids)
+        torch.testing.assert_close(found.sampler_logprobs, completion.sampler_logprobs, atol=2e-5, rtol=0)
+
+
 def _swapped(reference: str, folder: Path) -> str:
     with Image.open(reference) as picture:
         other = picture.rotate(180)

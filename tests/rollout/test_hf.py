@@ -18,7 +18,7 @@ from torch import Tensor
 from remix.errors import Interrupted
 from remix.models.loading import load_actor_critic, load_tokenizer
 from remix.models.policy import Policy
-from remix.rollout.hf import ROUND, HFEngine, SeededSampler
+from remix.rollout.hf import HFEngine, SeededSampler
 from remix.rollout.hf_cache import ROOM
 from remix.rollout.sample import rollout_seed
 from remix.types import Completion, Request, Rollout, Sampling
@@ -27,6 +27,7 @@ from tests.tiny import make_tiny_model, tiny_recipe
 
 CPU = torch.device("cpu")
 EOS = 1
+ROUND = 32
 PROMPTS = [(3,), (4, 5, 6), (7, 8), (9, 10, 11, 12, 13), (4, 5, 6), (2, 3, 4, 5, 6, 7, 8)]
 REQUESTS = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS, start=100)]
 

@@ -226,6 +226,19 @@ class TestTwoServers:
             assert_same(case.there.generate(REQUESTS, SAMPLING), expected)
             assert time.monotonic() - started < 20
 
+    def test_an_abandoned_call_ends_and_so_does_each_until_the_next_sync(self, case: Case) -> None:
+        case.sync(case.second)
+        expected = case.here.generate(REQUESTS, SAMPLING)
+        timer = threading.Timer(0.2, case.there.abandon)
+        timer.start()
+        started = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(Interrupted):
+                case.there.generate(MANY, LONG)
+        assert time.monotonic() - started < 20
+        case.there.sync(case.second.items())
+        assert_same(case.there.generate(REQUESTS, SAMPLING), expected)
+
     def test_a_sync_waits_for_the_samples_that_are_under_way(self, case: Case) -> None:
         """As where the next step is sampled while this one is trained."""
         expected = case.here.generate(MANY, SAMPLING)
@@ -383,27 +396,28 @@ def test_servers_end_with_a_run_that_is_killed(tmp_path: Path, vllm_model: Path)
 
 
 def test_two_ranks_train_with_one_server_that_the_run_starts(tmp_path: Path) -> None:
-    """The first starts it and hands over weights, which neither holds whole; both sample; evaluation too. An untied
-    head."""
+    """The first starts it and hands over weights, which neither holds whole; both sample, the next step while one
+    updates; evaluation too. An untied head."""
     model = make_tiny_model(tmp_path / "model", tie=False)
     fsdp2 = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(fsdp2 | {"num_processes": 2, "main_process_port": 0}))
     done = subprocess.run(
         [sys.executable, "-m", "remix.cli", "train", "--config_file", str(tmp_path / "accelerate.yaml"),
-         str(EMBEDDED / "grpo.yaml"), "batch.prompts=8", "eval.prompts=8", "max_steps=2", "log.trackers=[]",
+         str(EMBEDDED / "grpo.yaml"), "batch.prompts=8", "eval.prompts=8", "max_steps=3", "log.trackers=[]",
          f"model.path={model}", "rollout.engine={type: vllm_server, kv_cache_gib: 0.06}", f"run_dir={tmp_path / 'run'}",
-         "rewards=[{type: length, free_tokens: 1, max_tokens: 24}]", "optimizer.lr=1e-3", "batch.minibatches=1"],
+         "rewards=[{type: length, free_tokens: 1, max_tokens: 24}]", "optimizer.lr=1e-3", "batch.minibatches=1",
+         "rollout.overlap=true"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 2
+    assert [line["policy_lag/mean"] for line in lines] == [0, 1, 1]
     for line in lines:
         assert 0 < line["sampler/probe"] < 1e-4
         assert line["sampler/mismatch_max"] < 1e-3
     assert lines[0]["grad_norm/policy"] > 0
-    assert "eval/pass@1" in lines[1]
+    assert "eval/pass@1" in lines[2]
     for file in (tmp_path / "run").rglob("*"):  # the key is nowhere
         if file.suffix in (".yaml", ".json", ".jsonl"):
             assert KEY not in file.read_text()

@@ -326,6 +326,33 @@ class TestOwnEngine:
         finally:
             engine.close()
 
+    def test_it_sleeps_between_calls_and_its_cache_through_a_sync(self, path: str, model: Qwen2ForCausalLM) -> None:
+        """Whose memory a CPU does not give back, but vLLM keeps books of it all the same."""
+        other = tiny_model(tied=True, seed=1)
+        engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03, sleep=True)
+        executor = engine._llm.llm_engine.engine_core.engine_core.model_executor  # type: ignore[attr-defined]
+        requests = [Request(SHORT_PROMPT, seed) for seed in range(2)]
+        asleep = list[set[str]]()
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for weight in checkpoint(other).items():
+                asleep.append(set(executor.sleeping_tags))
+                yield weight
+
+        try:
+            for of in (model, other):
+                assert executor.sleeping_tags == {"weights", "kv_cache"}
+                assert_logprobs_of(of, requests, engine.generate(requests, Sampling(max_tokens=4)), 1.0)
+                assert executor.sleeping_tags == {"weights", "kv_cache"}
+                engine.sync(weights())
+            assert asleep
+            assert all(tags == {"kv_cache"} for tags in asleep)
+            with pytest.raises(ValueError, match="unknown"):
+                engine.sync({"unknown": torch.zeros(1)}.items())
+            assert executor.sleeping_tags == {"weights", "kv_cache"}
+        finally:
+            engine.close()
+
     def test_a_process_group_of_the_trainer_is_used_and_kept(
         self, path: str, model: Qwen2ForCausalLM, tmp_path: Path
     ) -> None:

@@ -1,0 +1,96 @@
+"""How docs/continual.md looks: its words, tables and picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from matplotlib.figure import Figure
+
+PAGE_TEXT = """# Continual learning on `shapes`
+
+Six tasks about small pictures, learnt one after the other by a LoRA each on the embedded vision-language model
+(supervised, `recipes/embedded/continual_shapes_sft.yaml`), pass@1 in percent on held-out pictures, greedy. ACC is the
+mean over all tasks after the last, BWT what later tasks did to earlier ones, both as in PAM
+([arXiv 2506.03189](https://arxiv.org/abs/2506.03189)). Mean ± standard deviation over runs: three orders, up to
+{seeds} seeds each. `independent` has an adapter for every task and is no method of continual learning but what
+forgetting is measured against; `PAM + TALL` has to be told the task at hand.
+
+![ACC against BWT](continual.png)
+
+`running average` is PAM without alignment, g ← (g + w)/2 as tasks come; `running mean` is g ← g + (w − g)/t. `average`
+and `TIES` merge adapters that were trained apart, `MagMax` adapters each trained from the one before. `PAM by change`
+takes the entries that have changed most since the start for the important ones, `PAM on B alone` aligns one factor of
+each LoRA.
+
+Each task is learnt about as well by itself in both regimes below; they differ in how far it moves the adapter, and so
+in what it does to the other tasks. In both, settings are chosen by ACC on another order and another seed than those
+measured: one rank for all methods, by their mean; then each method's own, of as many as the last column says. LoRAs are
+on every linear layer.
+
+{orders}
+
+{regimes}{wide}
+The page is written by `python scripts/study_continual.py`; its runs took {minutes} minutes of one core.
+"""
+
+SECTION_TEXT = """## {name}
+
+{says}, rank {rank} of {ranks}.
+
+{scores}
+
+By order, means over seeds:
+
+{by_order}
+
+Whether PAM is where it was expected, by the means of each order:
+
+{bars}
+
+What makes the difference, over pairs of runs with the same order and seed (mean ± standard error):
+
+{paired}
+
+Settings:
+
+{settings}
+"""
+
+
+Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""ACC and BWT of each run, by method."""
+
+
+def draw(regimes: Mapping[str, Points], path: Path) -> None:
+    """A panel for each regime, a method a point with its standard deviations."""
+    figure = Figure(figsize=(10.5, 4.4), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(regimes), sharey=True)
+    for axes, (name, points) in zip(panels, regimes.items(), strict=True):
+        for number, (method, (acc, bwt)) in enumerate(points.items()):
+            if not acc:
+                continue
+            style = {"fmt": "o" if number < 10 else "s", "color": f"C{number % 10}", "capsize": 2, "elinewidth": 0.8}
+            spread_of = {"xerr": stdev(bwt), "yerr": stdev(acc)} if len(acc) > 1 else {}
+            axes.errorbar(fmean(bwt), fmean(acc), label=method, **spread_of, **style)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("BWT (points; right: less forgotten)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    panels[0].set_ylabel("ACC (percent)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def difference(values: Sequence[float]) -> str:
+    """Mean and standard error."""
+    return f"{fmean(values):+.1f}" + (f" ± {stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
