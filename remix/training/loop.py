@@ -123,12 +123,15 @@ class Trainer:
                 metrics |= learnt | self._align(step, int(learnt.get("updates", 0)))
             metrics |= {"batch/left_out": metrics["batch/rollouts"] - len(samples)}
             self._store(self.experience.completed(fresh, samples, trained), dropped, metrics)
-            self.state.step = step + 1
             if ahead is not None:
-                self.state.unlogged = metrics | watch.metrics()  # should a signal end the wait
+                self.state.step, self.state.unlogged = (
+                    step + 1,
+                    metrics | watch.metrics(),
+                )  # should a signal end the wait
                 self._ahead = self._rounds(phase, step + 1, watch, version=step, first=ahead)
                 metrics |= ahead.metrics()
         metrics |= self._sync(watch)
+        self.state.step = step + 1
         return metrics | watch.metrics()
 
     def _store(self, fresh: Sequence[RolloutGroup], dropped: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
