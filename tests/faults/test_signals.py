@@ -58,15 +58,13 @@ def test_a_scheduler_restarts_it_until_it_is_done(
 def test_what_cannot_be_saved_in_time_is_left(tmp_path: Path) -> None:
     """The grace period ends the process wherever it is."""
     run_dir = tmp_path / "run"
-    words = command(run_dir, "max_steps=40", "phases=[{type: on_policy, utd_ratio: 500}]", "faults.grace=0.5")
+    words = command(run_dir, "max_steps=40", "phases=[{type: on_policy, utd_ratio: 4000}]", "faults.grace=0.5")
     words[words.index("remix.train")] = "remix.cli"
     words.insert(words.index("remix.cli") + 1, "train")
     process = started(words, run_dir / "recipe.yaml", 1)
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("step 0/40"))
-    deadline = time.monotonic() + 60
-    while not list((run_dir / "rollouts").glob("*.parquet")) and time.monotonic() < deadline:
-        time.sleep(0.05)  # from here on it updates, hundreds of times
+    time.sleep(8)  # it has sampled long since, and updates, thousands of times
     start = time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)

@@ -138,18 +138,22 @@ def by_hand(t: Any, position: int, count: int, *, step: int, version: int) -> tu
     return groups, torch.cat([score.logprobs for score in t.policy.score(rollouts, tokens_per_microbatch=4096)])
 
 
-def during_update(t: Any, step: int, before: Callable[[], None], after: Callable[[], None]) -> None:
-    run = t.updater.run
+def hung_beside(t: Any, step: int, after: Callable[[], None]) -> None:
+    """The engine hangs from before it is asked for what comes beside `step`; `after`: when that has updated."""
+    run, beside = t.updater.run, t._beside
+
+    def stopped(phase: Any, number: int, *more: Any) -> Any:
+        if number == step:
+            os.kill(t.sampler.engine._child._process.pid, signal.SIGSTOP)
+        return beside(phase, number, *more)
 
     def update(*arguments: Any, **options: Any) -> Any:
-        if options["step"] != step:
-            return run(*arguments, **options)
-        before()
-        metrics = run(*arguments, **options)
-        after()
-        return metrics
+        found = run(*arguments, **options)
+        if options["step"] == step:
+            after()
+        return found
 
-    t.updater.run = update
+    t._beside, t.updater.run = stopped, update
 
 
 def test_interrupted_while_it_waits_and_gone_on_with_it_is_the_same_run(
@@ -158,11 +162,8 @@ def test_interrupted_while_it_waits_and_gone_on_with_it_is_the_same_run(
     """The engine hangs when the signal comes, so that the update is done and the sampling beside it is not. Later it
     is killed when the policy has moved on: what takes its place has the weights of before."""
 
-    def to_engine(number: signal.Signals) -> Callable[[], None]:
-        return lambda: os.kill(t.sampler.engine._child._process.pid, number)
-
     with opened(overlapping(vllm_model, tmp_path)) as t:
-        during_update(t, 1, to_engine(signal.SIGSTOP), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        hung_beside(t, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         started = time.monotonic()
         with t.interruption, pytest.raises(Interrupted):
             t.fit()
@@ -175,7 +176,7 @@ def test_interrupted_while_it_waits_and_gone_on_with_it_is_the_same_run(
     with opened(overlapping(vllm_model, tmp_path), resume=True) as t:
         messages: list[str] = []
         t.sampler.engine._message = messages.append
-        during_update(t, 3, to_engine(signal.SIGSTOP), to_engine(signal.SIGKILL))
+        hung_beside(t, 3, lambda: os.kill(t.sampler.engine._child._process.pid, signal.SIGKILL))
         t.fit()
         weights = weights_of(t)
         assert len(messages) == t.sampler.engine.restarts == 1
@@ -205,7 +206,7 @@ def test_an_update_that_fails_ends_the_sampling_beside_it(
         raise ValueError("the update")
 
     with opened(overlapping(vllm_model, tmp_path)) as t:
-        during_update(t, 0, lambda: os.kill(t.sampler.engine._child._process.pid, signal.SIGSTOP), fail)
+        hung_beside(t, 0, fail)
         with pytest.raises(ValueError, match="the update"):
             t.fit()
         assert t.sampler.engine._child is None

@@ -206,9 +206,11 @@ def test_a_task_without_held_out_problems_is_refused(tiny_model: Path, tmp_path:
 
 
 def test_two_processes_learn_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
-    for processes in (1, 2):
-        recipe = recipe_of(tiny_model, tmp_path / f"run{processes}", optimizer={"lr": 0.01, "eps": 1e-3})
-        launch(recipe, tmp_path / f"launch{processes}", processes=processes)
+    recipes = [
+        recipe_of(tiny_model, tmp_path / f"run{number}", optimizer={"lr": 0.01, "eps": 1e-3}) for number in (1, 2)
+    ]
+    run(recipes[0])
+    launch(recipes[1], tmp_path / "launch")
     one, two = (adapter(tmp_path / f"run{processes}" / "final") for processes in (1, 2))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], atol=1e-3, rtol=1e-2)
