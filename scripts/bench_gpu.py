@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
-    from remix.types import Rollout
+    from remix.models.policy import Policy
+    from remix.types import Rollout, Sample
 
 SIZES: dict[str, dict[str, Any]] = {
     "1.5b": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
@@ -111,10 +112,46 @@ def rollouts_of(options: argparse.Namespace, length: int, vocabulary: int) -> li
     ]
 
 
-def measure(options: argparse.Namespace, folder: Path, length: int, adapter: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+def samples_of(policy: Policy, rollouts: Sequence[Rollout], budget: int) -> list[Sample]:
+    """Fresh ones, half of them better than the other half."""
     from dataclasses import replace
 
+    import torch
+
+    from remix.types import Sample
+
+    scores = policy.score(rollouts, tokens_per_microbatch=budget)
+    return [
+        Sample(
+            replace(rollout, behaviour_logprobs=score.logprobs, sampler_logprobs=score.logprobs),
+            policy_lag=0,
+            advantages=torch.full(score.logprobs.shape, 1.0 if index % 2 else -1.0),
+            proximal_logprobs=score.logprobs,
+        )
+        for index, (rollout, score) in enumerate(zip(rollouts, scores, strict=True))
+    ]
+
+
+def plain_recipe(
+    options: argparse.Namespace, folder: Path, length: int, adapter: dict[str, Any], *, on_gpu: bool
+) -> dict[str, Any]:
+    return {
+        "run_dir": str(folder / "run"),
+        "steps": 100,
+        "model": {"path": str(folder / "model"), "dtype": "bfloat16" if on_gpu else "float32",
+                  "compile": options.compile, "gradient_checkpointing": "auto"},
+        "kl": {"weight": 0.0},
+        "adapter": adapter,
+        "tasks": [{"type": "arithmetic"}],
+        "prompt": {"max_tokens": options.prompt},
+        "rewards": [{"type": "length", "free_tokens": 1, "max_tokens": length}],
+        "rollout": {"group_size": options.group, "max_tokens": length},
+        "batch": {"prompts": options.prompts, "tokens_per_microbatch": max(options.tokens, options.prompt + length)},
+    }  # fmt: skip
+
+
+def measure(options: argparse.Namespace, folder: Path, length: int, adapter: dict[str, Any]) -> list[str]:
+    """A row of the table."""
     import torch
 
     from remix.config import parse_recipe
@@ -126,24 +163,11 @@ def measure(options: argparse.Namespace, folder: Path, length: int, adapter: dic
     from remix.training.objective import Objective
     from remix.training.packable import start_packing
     from remix.training.update import Updater
-    from remix.types import Prompt, Sample
+    from remix.types import Prompt
 
-    longest = options.prompt + length
     on_gpu, size = torch.cuda.is_available(), SIZES[options.size]
-    budget = max(options.tokens, longest)
-    plain: dict[str, Any] = {
-        "run_dir": str(folder / "run"),
-        "steps": 100,
-        "model": {"path": str(folder / "model"), "dtype": "bfloat16" if on_gpu else "float32",
-                  "compile": options.compile, "gradient_checkpointing": "auto"},
-        "kl": {"weight": 0.0},
-        "adapter": adapter,
-        "tasks": [{"type": "arithmetic"}],
-        "prompt": {"max_tokens": options.prompt},
-        "rewards": [{"type": "length", "free_tokens": 1, "max_tokens": length}],
-        "rollout": {"group_size": options.group, "max_tokens": length},
-        "batch": {"prompts": options.prompts, "tokens_per_microbatch": budget},
-    }  # fmt: skip
+    plain = plain_recipe(options, folder, length, adapter, on_gpu=on_gpu)
+    budget = plain["batch"]["tokens_per_microbatch"]
     recipe = parse_recipe(plain)
     with Cluster() as cluster:
         memory = estimate_memory(recipe)
@@ -154,20 +178,13 @@ def measure(options: argparse.Namespace, folder: Path, length: int, adapter: dic
         policy = Policy(module, tokenizer, device=cluster.device, temperature=1.0)
         rollouts = rollouts_of(options, length, size["vocab_size"])
         tried = [Prompt("0", "", "", "bench", tuple(rollouts[0].prompt_ids.tolist()))]
-        refused = start_packing(policy, tried, tokens_per_microbatch=budget, longest=longest, message=print)
+        refused = start_packing(
+            policy, tried, tokens_per_microbatch=budget, longest=options.prompt + length, message=print
+        )
         if refused is not None:
             raise ValueError(f"sequences are not packed: {refused}")
         updater = Updater(decided, policy, Objective(decided), cluster)
-        scores = policy.score(rollouts, tokens_per_microbatch=budget)
-        samples = [
-            Sample(
-                replace(rollout, behaviour_logprobs=score.logprobs, sampler_logprobs=score.logprobs),
-                policy_lag=0,
-                advantages=torch.full((length,), 1.0 if index % 2 else -1.0),
-                proximal_logprobs=score.logprobs,
-            )
-            for index, (rollout, score) in enumerate(zip(rollouts, scores, strict=True))
-        ]
+        samples = samples_of(policy, rollouts, budget)
         seconds = timed(lambda step: updater.run(samples, step=step, passes=1, kl_lambda=0.0)[0], options.updates)
         cluster.forget()
     done = work(options.prompts, options.prompt, options.group, length)

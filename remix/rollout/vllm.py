@@ -98,7 +98,10 @@ class VLLMEngine:
         images: int = 0,
         never: Sequence[int] = (),
     ) -> None:
-        """Raises ValueError where there are no safetensors weights: others would run code as they are read."""
+        """Raises ValueError where there are no safetensors weights: others would run code as they are read.
+
+        Long by vLLM's options alone, which stand here with their reasons.
+        """
         # vLLM keeps its process groups in globals of the process: closing one engine would take them from another.
         if VLLMEngine._open is not None and VLLMEngine._open() is not None:
             raise RuntimeError("Another VLLMEngine is open in this process. Close it first: engine.close().")

@@ -111,19 +111,24 @@ def worst(one: list[Tensor], other: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
+def of_family(family: str, pictures: list[str], folder: Path) -> tuple[Policy, list[Prompt]]:
+    """A tiny model of the family, and prompts with pictures for it."""
+    with torch.random.fork_rng():
+        lm, processor = FAMILIES[family](folder)
+    lm = lively(lm)
+    lm.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+    module = ActorCritic(lm, never=placeholder_ids(lm.config))
+    policy = Policy(module, processor.tokenizer, device=CPU, temperature=1.0, vision=Vision(processor, lm))
+    return policy, problems(pictures, processor, alike=family == "idefics3")
+
+
 # --- every family -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_trainer_sees_what_generation_sees(family: str, pictures: list[str], tmp_path: Path) -> None:
     """Pixels, grids, sizes and token types, padded on either side, alone and side by side."""
-    with torch.random.fork_rng():
-        lm, processor = FAMILIES[family](tmp_path)
-    lm = lively(lm)
-    lm.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
-    module = ActorCritic(lm, never=placeholder_ids(lm.config))
-    policy = Policy(module, processor.tokenizer, device=CPU, temperature=1.0, vision=Vision(processor, lm))
-    prompts = problems(pictures, processor, alike=family == "idefics3")
+    policy, prompts = of_family(family, pictures, tmp_path)
     rollouts = sampled(policy, prompts)
     assert sum(len(r.response_ids) for r in rollouts) > 30
     own = [r.sampler_logprobs for r in rollouts]
@@ -143,13 +148,7 @@ def test_families_that_decode_as_text_models_do_have_the_draws_of_generate(
 ) -> None:
     """Qwen2-VL counts the places of its images by rows and columns, which is found by its log-probs; Gemma 3 has a
     window of fewer tokens. Those go by `generate`."""
-    with torch.random.fork_rng():
-        lm, processor = FAMILIES[family](tmp_path)
-    lm = lively(lm)
-    lm.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
-    module = ActorCritic(lm, never=placeholder_ids(lm.config))
-    policy = Policy(module, processor.tokenizer, device=CPU, temperature=1.0, vision=Vision(processor, lm))
-    prompts = problems(pictures, processor, alike=family == "idefics3")
+    policy, prompts = of_family(family, pictures, tmp_path)
     requests = [Request(prompt.token_ids, seed, prompt.images) for prompt in prompts for seed in range(3)]
     engine, sampling = engine_of(policy), Sampling(6)
     longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_tokens

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from remix.replay import read_shard, shard_path
-from remix.training.experience import Experience
 from tests.tiny import MIX, opened, tiny_recipe, weights_of
 
 # AdamW makes of the rounding of a gradient near 0 a whole step, but for a larger eps.
@@ -22,10 +21,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(tiny_model: Path, run_dir: Path, keys: dict[str, Any]) -> tuple[dict[str, torch.Tensor], int]:
-    """The weights at the end, and how many responses were scored before updates."""
+def run(
+    tiny_model: Path, run_dir: Path, keys: dict[str, Any], *, before: bool = False
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The weights at the end, and how many responses were scored before updates; `before`: all, whatever the recipe."""
     scored = 0
     with opened(tiny_recipe(tiny_model, run_dir, KEYS | keys)) as trainer:
+        trainer.experience.defers &= not before
         score = trainer.policy.score
 
         def counted(rollouts: Any, **more: Any) -> Any:
@@ -39,12 +41,10 @@ def run(tiny_model: Path, run_dir: Path, keys: dict[str, Any]) -> tuple[dict[str
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_run_is_the_same(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_the_run_is_the_same(tiny_model: Path, tmp_path: Path, case: str) -> None:
     found, scored = run(tiny_model, tmp_path / "deferred", CASES[case])
     assert scored == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(Experience, "defers", property(lambda self: False, lambda self, value: None), raising=False)
-        expected, scored = run(tiny_model, tmp_path / "before", CASES[case])
+    expected, scored = run(tiny_model, tmp_path / "before", CASES[case], before=True)
     assert scored > 0
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-4)
     for step in range(KEYS["steps"]):
