@@ -92,8 +92,19 @@ class Recipe(Block):
         if self.imitates:
             return False
         chosen = self.rollout.drop_uniform_groups
-        kl_in_reward = self.kl.place == "reward" and self.kl.weight > 0  # then equal scores are not equal rewards
-        return not (isinstance(self.advantage, GAEAdvantage) or kl_in_reward) if chosen is None else chosen
+        # With a KL in them, equal scores are not equal rewards.
+        return not (isinstance(self.advantage, GAEAdvantage) or self.kl_in_reward) if chosen is None else chosen
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl.place == "reward" and self.kl.weight > 0
+
+    @property
+    def defers_proximal(self) -> bool:
+        """Whether the first update, being over all samples, can say the proximal log-probs: nothing asks before it, and
+        no dropout makes its forward another policy's."""
+        asked = isinstance(self.advantage, GAEAdvantage) or self.kl_in_reward or self.imitates
+        return self.batch.minibatches == 1 and not asked and not getattr(self.adapter, "dropout", 0.0)
 
     @property
     def keeps_precedent(self) -> bool:

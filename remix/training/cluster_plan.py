@@ -271,7 +271,7 @@ def _traffic(
 ) -> PhaseTraffic:
     prompt, response, world = recipe.prompt.max_tokens, recipe.rollout.max_tokens, machines.world_size
     values, anchors = isinstance(recipe.advantage, GAEAdvantage), phase.anchor_forwards
-    scores = gather_bytes(anchors.proximal, score_bytes(response, with_values=values), world) * (not recipe.imitates)
+    scores = gather_bytes(phase.rollouts, score_bytes(response, with_values=values), world) * (not recipe.imitates)
     if recipe.kl.estimator != "full":  # it is taken amid the updates, and nothing of it is kept
         for count in (anchors.reference, anchors.precedent):
             scores += gather_bytes(count, score_bytes(response, with_values=False), world)

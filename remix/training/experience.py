@@ -36,10 +36,8 @@ class Experience:
         self.recipe = recipe
         self.policy = policy
         self.cluster = cluster
-        gae = isinstance(recipe.advantage, GAEAdvantage)  # asks for values, with which log-probs come
-        before = gae or (recipe.kl.weight > 0 and recipe.kl.place == "reward") or policy.drops_out
-        self.defers = recipe.batch.minibatches == 1 and not before and not recipe.imitates
-        """Whether the proximal log-probs are left to the first update, whose forward is over all samples."""
+        self.defers = recipe.defers_proximal and not policy.drops_out
+        """Whether the proximal log-probs are left to the first update."""
 
     def prepare(
         self,
@@ -174,7 +172,7 @@ class Experience:
         if self.recipe.imitates:
             return [torch.zeros(len(rollout.response_ids)) for rollout in rollouts]
         rewards = torch.tensor([_reward(rollout) for rollout in rollouts], dtype=torch.float32)
-        if self.recipe.kl.place == "reward" and self.recipe.kl.weight:
+        if self.recipe.kl_in_reward:
             penalties = [kl_penalty(rollout, self.recipe.kl, kl_lambda).sum() for rollout in rollouts]
             rewards = rewards - torch.stack(penalties)
         group_size = self.recipe.rollout.group_size
@@ -198,7 +196,7 @@ class Experience:
         mask_BR = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
         rewards_BR = torch.zeros(mask_BR.shape)
         rewards_BR[torch.arange(len(samples)), lengths - 1] = torch.tensor([_reward(s.rollout) for s in samples])
-        if self.recipe.kl.place == "reward" and self.recipe.kl.weight:
+        if self.recipe.kl_in_reward:
             rewards_BR -= padded([kl_penalty(s.rollout, self.recipe.kl, kl_lambda) for s in samples])
         ratios_BR = torch.ones(mask_BR.shape)
         if config.vtrace_cap is not None:

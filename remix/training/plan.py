@@ -207,7 +207,7 @@ def _anchor_forwards(recipe: Recipe, phase: PhaseConfig) -> AnchorForwards:
     precedent = (whole or (fresh if recipe.kl.place == "reward" else rollouts)) * recipe.kl.uses_precedent
     ahead = fresh * recipe.rollout.overlap  # sampled by the precedent, which is asked for their log-probs anyway
     return AnchorForwards(
-        proximal=rollouts,
+        proximal=rollouts * (not recipe.defers_proximal),
         reference=(whole or fresh) * (recipe.kl.weight > 0),
         precedent=precedent + ahead if whole else max(precedent, ahead),
         critic=rollouts * isinstance(recipe.critic, SeparateCritic),

@@ -133,6 +133,8 @@ def test_refill_is_bounded() -> None:
         ([], AnchorForwards(proximal=512, reference=304, precedent=512, critic=0)),
         (["kl.lambda_schedule.drop=0"], AnchorForwards(512, 304, 0, 0)),
         (["kl.weight=0"], AnchorForwards(512, 0, 0, 0)),
+        (["batch.minibatches=1"], AnchorForwards(0, 304, 512, 0)),  # the first update says them
+        (["batch.minibatches=1", "advantage={type: gae}"], AnchorForwards(512, 304, 512, 0)),
         (["kl.place=reward"], AnchorForwards(512, 304, 304, 0)),
         (["kl.estimator=full"], AnchorForwards(512, 1024, 1024, 0)),  # the whole batch, at each of 2 passes
         (["advantage={type: gae}"], AnchorForwards(512, 304, 512, 0)),
