@@ -57,7 +57,7 @@ CHAT_TEMPLATE = (
 
 DESCRIBE = "describe it."
 CAPTION_WORDS = "a big small at the and pointing to of them is"
-CAPTIONS = 0.5  # share of the corpus
+CAPTIONS = 0.5  # share of the corpus, where not asked for another
 SHARES = {"shape": 2, "point": 2, "count": 2, "digit": 3}  # of the pictures of a kind, where not 1
 CONFUSION = 0.5  # share of the questions of these kinds that are answered as another:
 CONFUSED: dict[str, Callable[[shapes.Scene], str]] = {
@@ -70,6 +70,7 @@ CONFUSED: dict[str, Callable[[shapes.Scene], str]] = {
 }
 
 BATCH_SIZE = 32
+STEPS = 1600
 WARMUP_STEPS = 30
 
 
@@ -201,8 +202,8 @@ def pixel_values(pictures: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Endless inputs and labels."""
+def batches(processor: LlavaProcessor, seed: int, captions: float = CAPTIONS) -> Iterator[dict[str, Tensor]]:
+    """Endless inputs and labels; `captions`: their share."""
     rng = random.Random(seed)
     encode = processor.tokenizer.encode
     kinds = [*shapes.KINDS]
@@ -214,7 +215,7 @@ def batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, Tensor]]
             drawn += 1
             # Of a seed of its own, so that the pictures of a run's tasks are others.
             scene = shapes.scene(f"{shapes.SCHEME}{kind}/train/{1_000_000 + seed}/{drawn}")
-            if rng.random() < CAPTIONS:
+            if rng.random() < captions:
                 asked, response = DESCRIBE, caption(scene)
             else:
                 asked, response = shapes.question(kind), reply(kind, scene, rng)
@@ -223,10 +224,12 @@ def batches(processor: LlavaProcessor, seed: int) -> Iterator[dict[str, Tensor]]
         yield padded(pairs, processor.tokenizer) | {"pixel_values": pixel_values(pictures)}
 
 
-def train(processor: LlavaProcessor, steps: int, seed: int) -> tuple[LlavaForConditionalGeneration, list[float]]:
+def train(
+    processor: LlavaProcessor, steps: int, seed: int, captions: float = CAPTIONS
+) -> tuple[LlavaForConditionalGeneration, list[float]]:
     """The model and its loss at every step."""
     torch.manual_seed(seed)
-    return fit(make_model(processor), batches(processor, seed), steps, warmup=WARMUP_STEPS)
+    return fit(make_model(processor), batches(processor, seed, captions), steps, warmup=WARMUP_STEPS)
 
 
 def accuracy(
@@ -276,7 +279,7 @@ if __name__ == "__main__":
     build(
         __doc__,
         "shapes_base",
-        steps=1600,
+        steps=STEPS,
         make_reader=make_processor,
         train=train,
         save=save,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,11 +63,25 @@ class Regime:
     says: str
     keys: tuple[str, ...] = ()
     """In which its runs differ from the recipe."""
+    methods: tuple[str, ...] | None = None
+    """None: all."""
+    untaught: bool = False
+    """From a base that was taught captions alone, in place of the recipe's, which half knows what is asked."""
 
 
 SMALL = Regime("Small updates", "40 steps a task at a learning rate of 1e-3")
 LARGE = Regime("Large updates", "60 steps a task at a learning rate of 2e-3", ("steps=60", "optimizer.lr=2.0e-3"))
 """Both learn each task equally well by itself; it is what they do to the others that differs."""
+NEW = Regime(
+    "Tasks that are new to the base",
+    "60 steps a task at a learning rate of 2e-3, from a base that was taught captions alone and answers no question",
+    LARGE.keys,
+    ("sequential", "average", "TIES", "running average", "PAM", "running mean", "PAM, running mean"),
+    untaught=True,
+)
+REGIMES = (SMALL, LARGE, NEW)
+UNTAUGHT_BASE = "captions_base"
+"""Its folder beside the runs."""
 
 
 def pam(alignment: Settings | None, kind: str = "pam", **more: Any) -> Settings:
@@ -120,7 +135,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        decides = "\n".join([RECIPE.read_text(encoding="utf-8"), *self.keys])
+        base = [UNTAUGHT_BASE] if self.regime.untaught else []
+        decides = "\n".join([RECIPE.read_text(encoding="utf-8"), *self.keys, *base])
         slug = "".join(c if c.isalnum() else "-" for c in self.method.lower()).strip("-")
         return f"{slug}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
 
@@ -137,10 +153,25 @@ def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            recipe = load_recipe(RECIPE, [f"run_dir={folder}", *cell.keys])
+            base = [f"model.path={out / UNTAUGHT_BASE}"] if cell.regime.untaught else []
+            recipe = load_recipe(RECIPE, [f"run_dir={folder}", *cell.keys, *base])
             run(recipe, str(RECIPE), resume=(folder / "continual.json").exists())
     result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
     return result
+
+
+def build_untaught_base(folder: Path) -> None:
+    """In some four minutes; nothing where it is there."""
+    from scripts import build_shapes_model as builder
+
+    if folder.exists():
+        return
+    processor = builder.make_processor()
+    model, _ = builder.train(processor, builder.STEPS, seed=0, captions=1.0)
+    with TemporaryDirectory(dir=folder.parent) as half:
+        builder.save(model, Path(half) / "base")
+        processor.save_pretrained(Path(half) / "base")
+        (Path(half) / "base").rename(folder)
 
 
 class Study:
@@ -160,6 +191,9 @@ class Study:
                 if done.exists():
                     self.results[cell.name] = json.loads(done.read_text("utf-8"))
             return
+        if any(cell.regime.untaught for cell in cells):
+            self.out.mkdir(parents=True, exist_ok=True)
+            build_untaught_base(self.out / UNTAUGHT_BASE)
         with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
             futures = {cell: pool.submit(run_cell, cell, self.out) for cell in cells}
             try:
@@ -177,15 +211,16 @@ class Study:
 
 def choose(study: Study, regime: Regime) -> tuple[int, dict[str, Settings]]:
     """The common rank, then each method's settings at it."""
+    offered = {method: METHODS[method] for method in regime.methods or METHODS}
     by_rank = {
-        rank: [Cell(method, choices[0], rank, TUNING_ORDER, TUNING_SEED, regime) for method, choices in METHODS.items()]
+        rank: [Cell(method, choices[0], rank, TUNING_ORDER, TUNING_SEED, regime) for method, choices in offered.items()]
         for rank in RANKS
     }
     study.run([cell for cells in by_rank.values() for cell in cells], "rank")
     rank = max(RANKS, key=lambda rank: fmean(map(study.acc, by_rank[rank])))
     by_method = {
         method: [Cell(method, settings, rank, TUNING_ORDER, TUNING_SEED, regime) for settings in choices]
-        for method, choices in METHODS.items()
+        for method, choices in offered.items()
     }
     study.run([cell for cells in by_method.values() for cell in cells], "settings")
     return rank, {method: max(cells, key=study.acc).settings for method, cells in by_method.items()}
@@ -226,6 +261,8 @@ class Measured:
 
     def values(self, method: str, key: str, orders: Iterable[str] = ORDERS) -> dict[tuple[str, int], float]:
         """In percent, by order and seed."""
+        if method not in self.chosen:
+            return {}
         cells = {(order, seed): self.cell(method, order, seed) for order in orders for seed in range(self.seeds)}
         results = self.study.results
         return {at: 100 * results[cell.name][key] for at, cell in cells.items() if cell.name in results}
@@ -326,11 +363,12 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     study = Study(options.out.resolve(), 0 if options.write_only else options.jobs)
-    regimes = [Measured(study, regime, *choose(study, regime), options.seeds) for regime in (SMALL, LARGE)]
-    for methods in ([method for method in METHODS if method not in VARIANTS], VARIANTS):
+    regimes = [Measured(study, regime, *choose(study, regime), options.seeds) for regime in REGIMES]
+    for variants in (False, True):
         for seed in range(options.seeds):
-            for measured in regimes:
-                study.run([measured.cell(method, order, seed) for order in ORDERS for method in methods], "measured")
+            for of in regimes:
+                methods = [method for method in of.chosen if (method in VARIANTS) == variants]
+                study.run([of.cell(method, order, seed) for order in ORDERS for method in methods], "measured")
     study.run(wide_cells(regimes[0].chosen, regimes[0].rank, options.seeds), "ten tasks")
     write_page(regimes)
     print(PAGE)
