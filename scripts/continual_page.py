@@ -24,10 +24,12 @@ and `TIES` merge adapters that were trained apart, `MagMax` adapters each traine
 takes the entries that have changed most since the start for the important ones, `PAM on B alone` aligns one factor of
 each LoRA.
 
-Each task is learnt about as well by itself in both regimes below; they differ in how far it moves the adapter, and so
-in what it does to the other tasks. In both, settings are chosen by ACC on another order and another seed than those
-measured: one rank for all methods, by their mean; then each method's own, of as many as the last column says. LoRAs are
-on every linear layer.
+In the first two regimes below each task is learnt about as well by itself; they differ in how far it moves the
+adapter, and so in what it does to the other tasks. In the third the base has seen no such question before: nothing but
+training teaches it a task, so that adapters of single tasks, averaged afterwards, have less to build on. In all of them
+settings are chosen by ACC on another order and another seed than those measured: one rank for all methods, by their
+mean, where several were tried; then each method's own, of as many as the last column says. LoRAs are on every linear
+layer.
 
 {orders}
 
@@ -37,7 +39,7 @@ The page is written by `python scripts/study_continual.py`; its runs took {minut
 
 SECTION_TEXT = """## {name}
 
-{says}, rank {rank} of {ranks}.
+{says}; {rank}.
 
 {scores}
 

@@ -25,6 +25,8 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.continual_page import PAGE_TEXT, SECTION_TEXT, difference, draw, spread, table
@@ -137,7 +139,8 @@ class Cell:
     @property
     def name(self) -> str:
         base = [UNTAUGHT_BASE] if self.regime.untaught else []
-        decides = "\n".join([RECIPE.read_text(encoding="utf-8"), *self.keys, *base])
+        recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))  # whose comments decide nothing
+        decides = "\n".join([json.dumps(recipe, sort_keys=True), *self.keys, *base])
         slug = "".join(c if c.isalnum() else "-" for c in self.method.lower()).strip("-")
         return f"{slug}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
 
@@ -337,7 +340,7 @@ def write_page(regimes: Sequence[Measured]) -> None:
 
 def section(of: Measured) -> str:
     """What there is of a regime."""
-    methods = [method for method in METHODS if of.values(method, "ACC")]
+    methods, ranks = [method for method in METHODS if of.values(method, "ACC")], of.regime.ranks
     settings = [[method, f"`{json.dumps(of.chosen[method])}`", str(len(METHODS[method]))] for method in methods]
     held_to = [method for method in ("PAM", "PAM, running mean") if method in methods]
     pairs = [of.row_of_pair(*pair) for pair in PAIRS if set(pair) <= {*methods}]
@@ -349,8 +352,7 @@ def section(of: Measured) -> str:
         bars=table(["method", "order", *BARS], [of.row_of_bars(m, order) for m in held_to for order in ORDERS]),
         paired=table(["difference", "ACC", "BWT"], pairs),
         settings=table(["method", "settings", "of"], settings),
-        rank=of.rank,
-        ranks=" and ".join(map(str, of.regime.ranks)),
+        rank=f"rank {of.rank}" + (f" of {' and '.join(map(str, ranks))}" if len(ranks) > 1 else ""),
     )
 
 
