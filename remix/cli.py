@@ -1,4 +1,4 @@
-"""remix plan | train | eval | merge | grade"""
+"""remix plan | train | watch | eval | merge | grade | continual"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 from remix.evaluation import command as evaluation
 from remix.merging import command as merging
 from remix.terminal import Parser, guard_tracebacks, print_error, showable
+from remix.tracking.watch import add_watch
 from remix.training.resume import add_resume_options
 
 # Nothing heavy up here: `remix --help` answers at once.
@@ -87,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
     train.add_argument("--config_file", metavar="FILE", help="accelerate configuration, see recipes/accelerate/")
     add_resume_options(train)
+
+    add_watch(commands)
 
     evaluate = commands.add_parser(
         "eval",
