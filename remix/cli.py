@@ -1,4 +1,4 @@
-"""remix plan | train | watch | eval | merge | grade | continual"""
+"""remix plan | train | watch | eval | merge | grade | continual | schema"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from remix.config.command import add_schema
 from remix.evaluation import command as evaluation
 from remix.merging import command as merging
 from remix.terminal import Parser, guard_tracebacks, print_error, showable
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_grade(commands)
     _add_continual(commands)
+    add_schema(commands)
     for command in (plan, train):
         command.add_argument(
             "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"
