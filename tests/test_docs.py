@@ -54,7 +54,7 @@ METRICS = [
 
 def is_said(message: str) -> bool:
     fragments = [re.escape(fragment.strip()) for fragment in message.split("…")]
-    assert len("".join(fragments)) > 15
+    assert len("".join(fragments)) > 10
     pattern = re.compile(".*".join(fragments), re.DOTALL)
     return any(pattern.search(text) for text in STRINGS)
 
