@@ -22,7 +22,7 @@ _OPTIONS = ("-T", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=10")
 # login shell over there, which takes the quotes off, may be any.
 _SCRIPT = """\
 mark=$2; set -f; unset CDPATH; echo "$mark"; \
-if cd -- "$1" 2>/dev/null; then echo ready; else echo missing; exit; fi; \
+if cd -- "$1" 2>/dev/null; then echo ready; else echo missing; fi; \
 while read -r name identity offset most; do \
 if [ -f "$name" ] && [ -r "$name" ]; then \
 set -- $(ls -i "$name") $(wc -c <"$name"); start=0; \
@@ -97,5 +97,5 @@ class RemoteFolder:
         status = self._process.wait()
         self._errors.seek(0)
         lines = showable(self._errors.read().decode(errors="replace")).split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), f"it ended with status {status}")
+        said = next((line.strip(" .") for line in reversed(lines) if line.strip()), f"it ended with status {status}")
         return ConnectionError(f"{self.name}: ssh failed: {said}. Try plain `ssh` to the same host first")

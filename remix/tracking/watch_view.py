@@ -171,7 +171,8 @@ def _curves(rows: Sequence[Mapping[str, Any]], *, extents: bool) -> Table:
                 f"{value:.1%}" if name == PASS_AT_1 else short(value)
                 for value in (values[-1], min(values), max(values))
             )
-            table.add_row(label, last, Sparkline(values, phases), f"{low} to {high}" if extents else "")
+            extent = low if low == high else f"{low} to {high}"
+            table.add_row(label, last, Sparkline(values, phases), extent if extents else "")
     return table
 
 

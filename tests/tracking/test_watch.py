@@ -25,6 +25,7 @@ import pytest
 from remix import cli
 from remix.tracking.follow import Folder, FollowedRun, LocalFolder, RunState
 from remix.tracking.remote import RemoteFolder, remote_place
+from remix.tracking.run_log import RunLog
 from remix.train import main as train
 from tests.tiny import EMBEDDED, ROOT
 
@@ -240,7 +241,7 @@ def test_a_run_that_grows_is_cut_back_and_ends(run_dir: Path, growing: Path, ter
         watched.wait_for("mix_policy  2/4", f"reward {rows(run_dir)[1]['reward/mean']:.3f}")
         log.write(whole[2][100:])
         watched.wait_for("mix_policy  3/4")
-    write(growing, whole[0])
+    RunLog(growing, from_step=1)  # resumed
     watched.wait_for("mix_policy  1/4", f"reward {rows(run_dir)[0]['reward/mean']:.3f}")
     assert "damaged" not in watched.shown.decode()
     write(growing, b"".join(whole))
@@ -318,7 +319,7 @@ def test_ssh_that_fails_says_why(
     assert "box:nowhere: no such folder on box" in refused(capsys, "box:nowhere")
     assert "box:/: no run there" in refused(capsys, "box:/")
     (ssh / "fail").touch()
-    assert "box:x: ssh failed: me@box: Permission denied (publickey)." in refused(capsys, "box:x")
+    assert "box:x: ssh failed: me@box: Permission denied (publickey). Try" in refused(capsys, "box:x")
     monkeypatch.setenv("PATH", str(ssh / "home"))
     assert "no ssh is installed" in refused(capsys, "box:x")
 
