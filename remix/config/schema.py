@@ -107,7 +107,8 @@ class _Sections:
             shown = self._links(names) if names else _type(value)
             default = "**required**" if key in required else _default(value)
             text = value.get("description") or chosen[0]["description"].split("\n\n")[0]
-            rows.append(f"| `{key}` | {shown} | {default} | {_cell(text)} |")
+            said = _cell(text).replace("*", "\\*")  # 6*7*8 is no emphasis
+            rows.append(f"| `{key}` | {shown} | {default} | {said} |")
         if rows:
             yield from ["| key | value | default | |", "|---|---|---|---|", *rows, ""]
         for place, name in inner:

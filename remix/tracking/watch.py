@@ -80,7 +80,11 @@ def _live(run: FollowedRun, state: RunState, console: Any) -> RunState:
 
     # Reading waits for disks and networks, which keys and the display do not.
     follower = _Follower(run, state)
-    live = Live(get_renderable=lambda: RunView(follower.state), console=console, screen=True, refresh_per_second=4)
+
+    def view() -> RunView:
+        return RunView(follower.state, console.height)
+
+    live = Live(get_renderable=view, console=console, screen=True, refresh_per_second=4)
     try:
         with _leaving_by_signals(), _keys() as key, live:
             while not follower.over.is_set():

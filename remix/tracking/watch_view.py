@@ -34,10 +34,11 @@ from remix.tracking.progress import (
 LAMBDA = "kl/lambda"
 SHOWN = (REWARD, PASS_AT_1, ROLLOUTS, LAMBDA)
 """Metrics above the curves; the last value stays until there is a newer one."""
-WIDE = 110
-"""Columns from which the tables stand side by side."""
-NARROW = 60
-"""Columns below which a curve's least and largest value are left out."""
+WIDE, BESIDE, NARROW = 110, 76, 60
+"""Columns from which the tables stand side by side, from which they do with less in them, and below which a curve's
+least and largest value are left out."""
+TALL = 38
+"""Lines from which they need not."""
 CURVES = {
     REWARD: "reward",
     PASS_AT_1: "pass@1",
@@ -69,16 +70,19 @@ _PHASE_STYLES = ("cyan", "green", "yellow", "magenta")
 class RunView:
     """Drawn anew for the width that there is."""
 
-    def __init__(self, state: RunState) -> None:
-        self.state = state
+    def __init__(self, state: RunState, lines: int | None = None) -> None:
+        """`lines`: of the display; None: as many as it takes."""
+        self.state, self.lines = state, lines
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        state, wide = self.state, options.max_width >= WIDE
+        state, width = self.state, options.max_width
         yield from _head(state)
         if state.rows:
-            curves, details = _curves(state.rows, extents=options.max_width >= NARROW), Group(*_details(state.rows))
+            brief = self.lines is not None and self.lines < TALL and BESIDE <= width < WIDE
+            curves = _curves(state.rows, extents=width >= NARROW and not brief)
+            details = Group(*_details(state.rows, brief=brief))
             yield ""
-            if wide:
+            if brief or width >= WIDE:
                 grid = Table.grid(padding=(0, 3), expand=True)
                 grid.add_column(ratio=1)
                 grid.add_column()
@@ -205,15 +209,16 @@ def short(value: float) -> str:
 # --- off-policy, time, words --------------------------------------------------------------------------------------
 
 
-def _details(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
+def _details(rows: Sequence[Mapping[str, Any]], *, brief: bool) -> Iterator[RenderableType]:
     row = rows[-1]
     lags = sorted(int(found[1]) for name in row if (found := _OF_LAG.fullmatch(name)))
     if lags:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for label in ("lag", *BY_LAG.values()):
+        shown = {name: label for name, label in BY_LAG.items() if not (brief and label in ("p05", "p95"))}
+        for label in ("lag", *shown.values()):
             table.add_column(label, justify="right", no_wrap=True)
         for lag in lags:
-            values = (number(row, f"{name}/lag={lag}") for name in BY_LAG)
+            values = (number(row, f"{name}/lag={lag}") for name in shown)
             table.add_row(str(lag), *("–" if value is None else short(value) for value in values))
         yield table
         yield ""
@@ -229,8 +234,8 @@ def _details(rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
             table.add_column(label, justify="right" if label == "mean" else "left", no_wrap=True)
         for stage, seconds in sorted(stages.items(), key=lambda pair: -pair[1]):
             if seconds >= 0.005 * total:
-                share = seconds / total
-                table.add_row(showable(stage), short(seconds / steps), f"{share:4.0%} " + "█" * round(20 * share))
+                share, longest = seconds / total, 8 if brief else 20
+                table.add_row(showable(stage), short(seconds / steps), f"{share:4.0%} " + "█" * round(longest * share))
         yield table
 
 

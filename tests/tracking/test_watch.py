@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from remix import cli
 from remix.tracking.follow import Folder, FollowedRun, LocalFolder, RunState
 from remix.tracking.remote import RemoteFolder, remote_place
 from remix.tracking.run_log import RunLog
+from remix.tracking.watch_view import RunView
 from remix.train import main as train
 from tests.tiny import EMBEDDED, ROOT
 
@@ -99,6 +102,15 @@ def test_a_view_of_any_width(
     # Side by side where there is room.
     (line,) = [line for line in shown.splitlines() if line.lstrip().startswith("reward   ")]
     assert ("lag" in line) == (width == 150)
+
+
+def test_a_common_terminal_shows_all_of_it(run_dir: Path) -> None:
+    console = Console(width=80, file=io.StringIO())
+    console.print(RunView(FollowedRun(LocalFolder(run_dir)).poll(), lines=24))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue().splitlines()
+    assert len(shown) <= 24
+    assert shown[-1].startswith("╰"), "the completion, which comes last"
 
 
 def test_replayed_lags_have_their_rows(
