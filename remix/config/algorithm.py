@@ -39,11 +39,11 @@ class GAEAdvantage(Block):
     whiten: bool = True
     """Advantages of a batch to mean 0, standard deviation 1."""
     vtrace_cap: Annotated[float, Field(ge=1.0)] | None = None
-    """Weights min(cap, ρ) on replayed tokens; null = off."""
+    """c̄: V-trace's weights min(c̄, ρ) in the GAE of replayed tokens; null = off."""
     value_weight: NonNegativeFloat = 0.5
     """Of the value loss beside the policy's."""
     value_clip: PositiveFloat | None = 0.2
-    """How far a value may move from that of the step's begin before its loss stops pulling; null = any."""
+    """How far a value may move in a training step before its loss stops pulling; null = any."""
     critic: Annotated[SharedCritic | SeparateCritic, Field(discriminator="type")] = SharedCritic()
     """What estimates the values."""
 

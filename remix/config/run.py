@@ -28,7 +28,7 @@ class OptimizerConfig(Block):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate after warm-up: as it is, or down to 0 at `steps`, in a line or along a cosine."""
     warmup_steps: NonNegativeInt = 0
-    """Training steps, not optimiser steps."""
+    """Over which the learning rate rises to its peak, in a line. Training steps, not optimiser steps."""
 
 
 class EvalConfig(Block):
@@ -63,7 +63,7 @@ class CheckpointConfig(Block):
     """When training states are saved, and which are kept."""
 
     every: NonNegativeInt = 20
-    """Training steps; 0 = at the end only."""
+    """Training steps between two; 0 = at the end only."""
     keep: PositiveInt = 2
     """The newest so many stay, and the best."""
     best: str | None = "eval/pass@1"

@@ -174,7 +174,10 @@ def _one_type(value: Schema) -> str:
     if value["type"] == "array":
         items = value.get("prefixItems")
         return " and ".join(map(_type, items)) if items else f"list of {_type(value['items'])}"
-    bounds = [f"{sign} {value[bound]:g}" for bound, sign in _BOUNDS.items() if bound in value]
+    known = {bound: value[bound] for bound in _BOUNDS if bound in value}
+    if "exclusiveMinimum" in known:
+        known.pop("minimum", None)
+    bounds = [f"{_BOUNDS[bound]} {limit:g}" for bound, limit in known.items()]
     return " ".join([_NAMES[value["type"]], ", ".join(bounds)]).strip()
 
 
