@@ -62,7 +62,7 @@ BY_LAG = {
 LONGEST_TEXT = 1500
 """Characters of a prompt or a response that are shown."""
 PATIENCE_STEPS, PATIENCE_SECONDS = 3.0, 30.0
-"""A run that has written nothing for so many of its longest recent steps, and so many seconds more, may be gone."""
+"""A run that has written nothing for so many of its longest steps, and so many seconds more, may be gone."""
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PHASE_STYLES = ("cyan", "green", "yellow", "magenta")
 
@@ -123,10 +123,11 @@ def _alive(state: RunState) -> Text:
         return Text("done", style="green")
     if not state.rows:
         return Text(f"begun {clock(state.silence)} ago", style="cyan")
-    longest = max(_recent(state.rows, "time/step"), default=0.0)
+    longest = max((number(row, "time/step") or 0.0 for row in state.rows), default=0.0)
     if state.silence <= PATIENCE_STEPS * longest + PATIENCE_SECONDS:
         return Text(f"running, last step {clock(state.silence)} ago", style="cyan")
-    return Text(f"silent for {clock(state.silence)}: ended or hangs", style="bold red")
+    # An evaluation may take longer than any step did, and is part of one.
+    return Text(f"silent for {clock(state.silence)}: evaluates, hangs or ended", style="bold red")
 
 
 def _clocks(state: RunState) -> Iterator[str]:
