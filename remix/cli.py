@@ -1,4 +1,4 @@
-"""remix plan | train | eval | merge | grade"""
+"""remix plan | train | watch | eval | merge | grade | continual | schema"""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from remix.config.command import add_schema
 from remix.evaluation import command as evaluation
 from remix.merging import command as merging
 from remix.terminal import Parser, guard_tracebacks, print_error, showable
+from remix.tracking.watch import add_watch
 from remix.training.resume import add_resume_options
 
 # Nothing heavy up here: `remix --help` answers at once.
@@ -88,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config_file", metavar="FILE", help="accelerate configuration, see recipes/accelerate/")
     add_resume_options(train)
 
+    add_watch(commands)
+
     evaluate = commands.add_parser(
         "eval",
         usage=evaluation.USAGE,
@@ -108,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_grade(commands)
     _add_continual(commands)
+    add_schema(commands)
     for command in (plan, train):
         command.add_argument(
             "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"

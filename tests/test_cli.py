@@ -52,6 +52,8 @@ def beside_fake_trainer(tmp_path: Path) -> Path:
         ["train", "--help"],
         ["eval", "--help"],
         ["merge", "--help"],
+        ["watch", "--help"],
+        ["schema", "--help"],
         ["plan", str(RECIPE)],
     ],
 )

@@ -171,6 +171,7 @@ def test_the_package_and_its_commands_are_light() -> None:
     heavy = {"torch", "numpy", *DOORS}
     assert loaded_by("remix", "remix.cli", "remix.train") & heavy == set()
     assert loaded_by("remix.config") & heavy == set(), "a recipe is checked without torch"
+    assert loaded_by("remix.tracking.watch_view", "remix.tracking.remote") & heavy == set(), "a run is watched so too"
 
 
 def test_every_public_name_is_there() -> None:

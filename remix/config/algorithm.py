@@ -11,6 +11,8 @@ from remix.config.model import SeparateCritic, SharedCritic
 
 
 class GRPOAdvantage(Block):
+    """GRPO: a reward less the mean of its group, divided by the group's standard deviation."""
+
     type: Literal["grpo"] = "grpo"
 
 
@@ -21,6 +23,8 @@ class DrGRPOAdvantage(Block):
 
 
 class RLOOAdvantage(Block):
+    """RLOO: a reward less the mean of the others of its group."""
+
     type: Literal["rloo"] = "rloo"
 
 
@@ -29,29 +33,42 @@ class GAEAdvantage(Block):
 
     type: Literal["gae"] = "gae"
     gamma: Fraction = 1.0
+    """γ: discount of a token."""
     gae_lambda: Fraction = 1.0
+    """λ of GAE: 1 = all rewards to come, less variance below it and more bias."""
     whiten: bool = True
     """Advantages of a batch to mean 0, standard deviation 1."""
     vtrace_cap: Annotated[float, Field(ge=1.0)] | None = None
-    """Weights min(cap, ρ) on replayed tokens; null = off."""
+    """c̄: V-trace's weights min(c̄, ρ) in the GAE of replayed tokens; null = off."""
     value_weight: NonNegativeFloat = 0.5
+    """Of the value loss beside the policy's."""
     value_clip: PositiveFloat | None = 0.2
+    """How far a value may move in a training step before its loss stops pulling; null = any."""
     critic: Annotated[SharedCritic | SeparateCritic, Field(discriminator="type")] = SharedCritic()
+    """What estimates the values."""
 
 
 AdvantageConfig = Annotated[GRPOAdvantage | DrGRPOAdvantage | RLOOAdvantage | GAEAdvantage, Field(discriminator="type")]
 
 
 class ObjectiveConfig(Block):
+    """The policy's loss of a token, and how tokens are summed up."""
+
     type: Literal["mix_ppg", "gspo", "cispo", "sft"] = "mix_ppg"
     """mix_ppg is PPO's and GRPO's clipped surrogate on fresh rollouts. sft imitates each prompt's solution, or answer,
     in place of sampling: a rollout is then a demonstration, and clip range and advantages are without effect."""
     clip_low: PositiveFloat = 0.2
+    """ε below: ratios are clipped to [ρ - clip_low, ρ + clip_high]. ρ is the ratio of the policy with which the step
+    begins to the one that sampled: 1 for fresh rollouts."""
     clip_high: PositiveFloat = 0.2
+    """ε above; larger than clip_low is DAPO's clip-higher."""
     aggregate: Literal["token", "sequence", "constant"] = "token"
+    """token: the mean of all tokens of an optimiser step. sequence: the mean over responses of their means.
+    constant: the sum divided by responses times `constant` (Dr. GRPO)."""
     constant: PositiveFloat | None = None
     """Denominator per sequence under `aggregate: constant`; default `rollout.max_tokens`."""
     entropy_weight: float = 1e-3
+    """c of the entropy bonus; below 0 it is a penalty."""
     sampler_weight_cap: PositiveFloat | None = 2.0
     """c of the truncated weight min(π_{k-i}/μ, c) against sampler mismatch; null = off.
     Always off when the engine is the trainer's own module."""
@@ -61,17 +78,28 @@ class LambdaSchedule(Block):
     """λ(t) = max(start - drop·ceil(max(t - hold, 0) / every), floor). A fixed λ is drop: 0."""
 
     start: Fraction = 1.0
+    """λ at first."""
     hold: NonNegativeInt = 50
+    """Training steps before it falls."""
     every: PositiveInt = 10
+    """Training steps from one fall to the next."""
     drop: Fraction = 0.1
+    """How much it falls each time."""
     floor: Fraction = 0.5
+    """Where it stays."""
 
 
 class KLConfig(Block):
+    """The KL penalty: β·(λ·KL(π‖reference) + (1 - λ)·KL(π‖precedent)). The reference is the model that training
+    began from, after a reincarnation the policy of that moment; the precedent is the policy a training step ago."""
+
     weight: NonNegativeFloat = 1e-3
     """β; 0 = no KL term, and no forward pass for it."""
     estimator: Literal["k1", "k2", "k3", "full"] = "k3"
+    """k1, k2, k3: from the sampled token alone. full: exact, over the vocabulary, for which the anchors' logits are
+    computed in every update."""
     place: Literal["loss", "reward"] = "loss"
+    """loss: a term of the loss. reward: taken off the reward, as measured when the rollout was sampled."""
     importance_weighted: Literal["replayed", "all", "none"] = "replayed"
     """Which tokens' estimates are weighted by the importance ratio, its gradient included."""
     lambda_schedule: LambdaSchedule | None = None
@@ -92,6 +120,7 @@ class StepsTrigger(Block):
 
     type: Literal["steps"] = "steps"
     after: PositiveInt
+    """Training steps."""
 
 
 class RolloutsTrigger(Block):
@@ -99,6 +128,7 @@ class RolloutsTrigger(Block):
 
     type: Literal["rollouts"] = "rollouts"
     after: PositiveInt
+    """Rollouts."""
 
 
 class RewardPlateauTrigger(Block):
@@ -106,7 +136,9 @@ class RewardPlateauTrigger(Block):
 
     type: Literal["reward_plateau"] = "reward_plateau"
     window: PositiveInt = 10
+    """Steps of either mean."""
     min_gain: float = 0.01
+    """In units of the reward."""
 
 
 class LengthDropTrigger(Block):
@@ -114,7 +146,9 @@ class LengthDropTrigger(Block):
 
     type: Literal["length_drop"] = "length_drop"
     fraction: Fraction = 0.5
+    """Of the first length."""
     window: PositiveInt = 5
+    """Steps of either mean."""
 
 
 class KLBudgetTrigger(Block):
@@ -122,6 +156,7 @@ class KLBudgetTrigger(Block):
 
     type: Literal["kl_budget"] = "kl_budget"
     nats: PositiveFloat
+    """The budget."""
 
 
 Trigger = Annotated[
@@ -157,9 +192,9 @@ class MixPolicyPhase(PhaseBlock):
     type: Literal["mix_policy"] = "mix_policy"
     utd_ratio: PositiveInt = 2
     off_policy_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
-    """p."""
+    """p: the share of the batch that is drawn from replay, in whole prompts."""
     window: PositiveInt = 2
-    """N: how many past policies replay may use."""
+    """N: of how many past policies replay may use rollouts; one a training step."""
     lag_distribution: Literal["uniform", "geometric", "age"] = "uniform"
     """ν: how lags are drawn: all alike, halving with each step of age, or in proportion to 1/age."""
 
@@ -171,9 +206,12 @@ class ReincarnationConfig(Block):
     """What happens where one phase ends and the next begins, besides reference ← policy."""
 
     empty_replay: bool = True
+    """Forget the rollouts of the phase that ends."""
     reset_optimizer: bool = True
+    """The optimiser's moments start anew."""
     reset_critic: bool = False
     """True: the value head starts from zero again; a backbone of its own is kept."""
     restart_lambda: bool = True
+    """λ's clock starts anew."""
     lora: Literal["snapshot", "merge"] = "snapshot"
     """snapshot: the reference is a frozen copy of the adapter. merge: fold it into the base, start a fresh one."""

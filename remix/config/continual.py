@@ -69,6 +69,7 @@ class TiesMethod(MergingBlock):
 
     type: Literal["ties"] = "ties"
     density: Fraction = 0.2
+    """Share of a task's change that is kept, its largest entries."""
 
 
 class MagMaxMethod(MergingBlock):
@@ -116,3 +117,4 @@ class ContinualConfig(Block):
     order: tuple[str, ...] = ()
     """Tasks by name; none: as the recipe lists them."""
     method: ContinualMethod = PAMMethod()
+    """What keeps the earlier tasks from being forgotten."""

@@ -23,10 +23,15 @@ class ArithmeticTask(TaskBlock):
 
     type: Literal["arithmetic"] = "arithmetic"
     kinds: tuple[str, ...] = ("sum",)
+    """Of problem, in turn: sum (3+8+4=), sum_subtract (3+8-4=), product_sum (6*7+3*4=)."""
     min_terms: PositiveInt = 3
+    """Fewest terms of a problem, at least 2."""
     max_terms: PositiveInt = 5
+    """Most terms of a problem."""
     size: PositiveInt = 4096
+    """Distinct problems to train on."""
     seed: NonNegativeInt = 0
+    """Of the choice of problems."""
 
 
 ShapesKind = Literal["colour", "shape", "where", "point", "bigger", "smaller", "left", "odd", "count", "digit"]
@@ -39,7 +44,9 @@ class ShapesTask(TaskBlock):
     kind: ShapesKind
     """Also the task's name."""
     size: PositiveInt = 4096
+    """Pictures to train on."""
     seed: NonNegativeInt = 0
+    """Of the pictures."""
 
 
 class DataTask(TaskBlock):
@@ -67,16 +74,21 @@ class JsonlTask(DataTask):
 
     type: Literal["jsonl"] = "jsonl"
     path: str
+    """The file."""
     eval_path: str | None = None
     """Held-out problems; without it `holdout` is cut off `path`."""
     problem: str = "problem"
+    """The column of problems."""
     answer: str = "answer"
+    """The column of gold answers."""
     solution: str | None = None
     """The column of responses to imitate under objective.type sft; null: the answers."""
     id: str | None = "id"
+    """The column of ids, each once; null: rows are numbered."""
     images: str | None = None
     """The column of each problem's images: a path, or a list of them, relative to the file's folder."""
     limit: PositiveInt | None = None
+    """Only the first so many rows of `path`."""
 
 
 class HubTask(DataTask):
@@ -84,16 +96,25 @@ class HubTask(DataTask):
 
     type: Literal["hub"] = "hub"
     path: str
+    """Hub id, or a folder or file."""
     name: str | None = None
+    """Of the data set's configuration, where it has several."""
     revision: str | None = None
+    """Of a hub id. Only a full commit names the same rows for ever; null = whatever is newest."""
     split: str = "train"
+    """The split to train on."""
     eval_split: str | None = None
+    """The split of held-out problems; without it `holdout` is cut off `split`."""
     problem: str = "problem"
+    """The column of problems."""
     answer: str = "answer"
+    """The column of gold answers."""
     solution: str | None = None
     """The column of responses to imitate under objective.type sft; null: the answers."""
     id: str | None = None
+    """The column of ids, each once; null: rows are numbered."""
     limit: PositiveInt | None = None
+    """Only the first so many rows of `split`."""
 
 
 class CoinTask(TaskBlock):
@@ -101,6 +122,7 @@ class CoinTask(TaskBlock):
 
     type: Literal["coin"] = "coin"
     path: str
+    """The JSON file."""
     images: str
     """The folder that the images' paths start from."""
     eval_path: str | None = None
@@ -108,6 +130,7 @@ class CoinTask(TaskBlock):
     unanswered: Literal["error", "drop"] = "error"
     """What becomes of a question whose answer is empty."""
     limit: PositiveInt | None = None
+    """Only the first so many questions of `path`."""
 
 
 class MfeEtpTask(TaskBlock):
@@ -137,12 +160,16 @@ TaskConfig = Annotated[
 
 
 class PromptConfig(Block):
+    """How a problem is put to the model."""
+
     template: str = "{problem}"
     """What is put around a problem; {problem} is replaced, all else stays as it is."""
     system: str | None = None
+    """A system message, before the problem."""
     chat: Literal["auto", "always", "never"] = "auto"
     """auto: the tokenizer's chat template where it has one."""
     max_tokens: PositiveInt = 766
+    """Longest prompt, in tokens."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What becomes of a prompt above `max_tokens`; truncate keeps its end."""
 
@@ -152,6 +179,7 @@ Seconds = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 
 class RewardBlock(Block):
     weight: FiniteFloat = 1.0
+    """Of this reward in the sum; 0: measured alone."""
 
 
 class ExactMatchReward(RewardBlock):
@@ -159,6 +187,7 @@ class ExactMatchReward(RewardBlock):
 
     type: Literal["exact_match"] = "exact_match"
     after: str | None = None
+    """A mark, such as "#"; a response without it has no answer. null: all of the response is the answer."""
     normalize: bool = False
     """Words alone are compared: case, punctuation and spaces do not count ("3, 1" is "3,1", "'Grasp'." is "grasp")."""
 
@@ -170,6 +199,7 @@ class MathReward(RewardBlock):
     timeout: Seconds = 5.0
     """Seconds of wall clock for one answer."""
     workers: PositiveInt = 2
+    """Grading processes."""
 
 
 class FormatReward(RewardBlock):
@@ -181,6 +211,7 @@ class FormatReward(RewardBlock):
 
     type: Literal["format"] = "format"
     pattern: str = r"(?s)<think>(?>.*?</think>)(?>.*?\\boxed\{).*\}.*"
+    """The regular expression."""
     timeout: Seconds = 5.0
     """Seconds of processor time for one response; one that takes longer is a failure (`timeout`) and no mismatch."""
 
@@ -190,7 +221,9 @@ class LengthReward(RewardBlock):
 
     type: Literal["length"] = "length"
     free_tokens: NonNegativeInt
+    """Longest response without a penalty."""
     max_tokens: PositiveInt
+    """Response length from which the penalty is -1."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -208,6 +241,7 @@ class PythonReward(RewardBlock):
 
     type: Literal["python"] = "python"
     function: str
+    """What to call: the module has to be importable where the run is started."""
     timeout: Seconds = 60.0
     """Seconds of wall clock for one response. Where it is above 120, importing the module may take as long too."""
     workers: PositiveInt = 1

@@ -14,12 +14,18 @@ class ModelSize(Block):
     """Dimensions of a hub model, so that `remix plan` can count memory without reading its config."""
 
     parameters: PositiveInt
+    """Of the whole model."""
     hidden_size: PositiveInt
+    """Width of its blocks."""
     num_layers: PositiveInt
+    """Its blocks."""
     vocab_size: PositiveInt
+    """Rows of its embedding."""
 
 
 class ModelConfig(Block):
+    """Which model, and how it is computed."""
+
     path: str
     """Hub id or directory. A path that begins with ./ or ../ is relative to the recipe's file."""
     revision: str | None = None
@@ -41,6 +47,7 @@ class ModelConfig(Block):
     """Tokens whose logits are in memory at a time; the backward pass computes them again.
     Default: as many as take 1 GiB on a GPU, 128 MiB elsewhere."""
     size: ModelSize | None = None
+    """For a hub model whose config is not on this machine."""
 
     @model_validator(mode="after")
     def _no_hidden_code(self) -> Self:
@@ -72,8 +79,11 @@ class LoraAdapter(AdapterBlock):
 
     type: Literal["lora"] = "lora"
     rank: PositiveInt = 16
+    """Of each matrix pair B·A."""
     alpha: PositiveFloat = 32.0
+    """Scale: B·A counts alpha / rank times."""
     dropout: Fraction = 0.0
+    """Share of the inputs of A that are set to 0 in updates."""
     targets: str | tuple[str, ...] = "all-linear"
     """Names of matrices, or a regular expression that their whole names match."""
     rslora: bool = False
@@ -174,6 +184,7 @@ class SeparateCritic(Block):
 
     type: Literal["separate"] = "separate"
     path: str | None = None
+    """Hub id or directory; null: the policy's base model."""
     revision: str | None = None
     """Of a hub id in `path`, as `model.revision`."""
 

@@ -39,32 +39,56 @@ Schema = TypeVar("Schema", bound=Block)
 
 
 class Recipe(Block):
+    """What a run is. In `path`, `eval_path`, `data_dir` and `initial` a ./ or ../ begins at the recipe's folder; all
+    other paths are relative to where the command runs."""
+
     run_dir: str
+    """Folder that the run writes, relative to where the command runs."""
     seed: NonNegativeInt = 0
+    """Of sampling, prompt order, minibatches, replay and whatever begins at random."""
     steps: PositiveInt
     """Training steps of the whole plan; schedules refer to it."""
     max_steps: NonNegativeInt | None = None
     """Stop after this many, the plan unchanged; --resume goes on from there."""
     model: ModelConfig
+    """The model that is trained."""
     adapter: AdapterConfig = NoAdapter()
+    """What of the model is trained."""
     tasks: Annotated[tuple[TaskConfig, ...], Field(min_length=1)]
+    """Where prompts come from. Several are mixed by weight."""
     prompt: PromptConfig = PromptConfig()
+    """How a problem is put to the model."""
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    """What a response is worth: the sum over these, each by its weight."""
     rollout: RolloutConfig = RolloutConfig()
+    """How responses are sampled."""
     batch: BatchConfig
+    """What a training step trains on, and in what pieces."""
     advantage: AdvantageConfig = GRPOAdvantage()
+    """How much better a response, or a token, is than was to be expected."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """The policy's loss."""
     kl: KLConfig = KLConfig()
+    """The penalty on distance from the anchors: KL-Convex where it has a λ schedule."""
     phases: Annotated[tuple[PhaseConfig, ...], Field(min_length=1, max_length=12)] = (OnPolicyPhase(),)
-    """The plan counts through every way in which they may end, which doubles with each."""
+    """One after the other; each change is a reincarnation. At most 12: the plan counts through every way in which
+    they may end, which doubles with each."""
     reincarnation: ReincarnationConfig = ReincarnationConfig()
+    """What a change of phase does besides."""
     alignment: AlignmentConfig | None = None
+    """Sign alignment with the adapter that the run begins from; null: none."""
     continual: ContinualConfig | None = None
+    """Tasks one after the other in place of mixed; null: mixed."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate."""
     eval: EvalConfig = EvalConfig()
+    """Evaluation before, during and after training."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Training states that a run goes on from."""
     faults: FaultConfig = FaultConfig()
+    """What a run puts up with before it stops."""
     log: LogConfig = LogConfig()
+    """What is written down for people."""
 
     @property
     def last_step(self) -> int:

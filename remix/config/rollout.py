@@ -40,6 +40,7 @@ class VLLMEngineConfig(Block):
     kv_cache_gib: PositiveFloat = 0.25
     """Cache size on a machine without a GPU."""
     enforce_eager: bool = False
+    """Without CUDA graphs: starts sooner, samples slower."""
     sleep: bool = False
     """vLLM gives its memory of the GPU back whenever it does not sample: its weights wait in the host's memory, its
     cache is forgotten. Then memory_fraction may be as large as if it had the GPU to itself. Not on a CPU."""
@@ -74,6 +75,7 @@ class VLLMServerConfig(Block):
     kv_cache_gib: PositiveFloat = 0.25
     """Its cache size on a machine without a GPU."""
     enforce_eager: bool = False
+    """Without CUDA graphs: starts sooner, samples slower."""
 
 
 class RefillConfig(Block):
@@ -84,13 +86,18 @@ class RefillConfig(Block):
 
 
 class RolloutConfig(Block):
+    """How responses are sampled."""
+
     engine: Annotated[HFEngineConfig | VLLMEngineConfig | VLLMServerConfig, Field(discriminator="type")] = (
         HFEngineConfig()
     )
+    """What samples."""
     group_size: PositiveInt = 8
     """Responses to one prompt."""
     temperature: PositiveFloat = 1.0
+    """Of sampling. Log-probs of the policy are at this temperature too."""
     max_tokens: PositiveInt = 1024
+    """Longest response; what is not over by then is truncated."""
     overlap: bool = False
     """While a step is scored and updates, sample the next step's rollouts from the policy as it began. Fresh rollouts
     are then one policy old (policy_lag 1) in phases of either type, and replayed ones up to window + 1, which the
@@ -103,12 +110,15 @@ class RolloutConfig(Block):
     """Groups whose rewards are all equal are neither trained on nor stored for replay.
     Default: true where they carry no gradient, which is under group-relative advantages without a KL in the reward."""
     refill: RefillConfig = RefillConfig()
+    """Sampling again in place of groups that carry no gradient."""
     probe_tolerance: PositiveFloat | None = None
     """Largest mean |log-prob difference| between engine and trainer after a weight sync.
     Default: 1e-3 in float32, 0.05 in bfloat16."""
 
 
 class BatchConfig(Block):
+    """What a training step trains on, and in what pieces."""
+
     prompts: PositiveInt
     """Groups in a training step's batch, fresh and replayed together."""
     minibatches: PositiveInt = 1

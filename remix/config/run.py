@@ -11,18 +11,29 @@ from remix.config.data import TaskConfig
 
 
 class OptimizerConfig(Block):
+    """AdamW, with a learning rate for the policy and one for the critic."""
+
     lr: PositiveFloat = 1e-6
+    """Peak learning rate of the policy."""
     critic_lr: PositiveFloat = 1e-5
+    """Peak learning rate of the critic's own weights."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of the running means of gradient and squared gradient."""
     eps: PositiveFloat = 1e-8
+    """Added to the denominator of a step."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled; of every trained weight."""
     max_grad_norm: PositiveFloat | None = 1.0
+    """Longest gradient, of policy and critic each by itself; a longer one is scaled down. null: any."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after warm-up: as it is, or down to 0 at `steps`, in a line or along a cosine."""
     warmup_steps: NonNegativeInt = 0
-    """Training steps, not optimiser steps."""
+    """Over which the learning rate rises to its peak, in a line. Training steps, not optimiser steps."""
 
 
 class EvalConfig(Block):
+    """What the policy is evaluated on, when, and how it is sampled then."""
+
     every: NonNegativeInt = 10
     """Training steps between evaluations; 0 = before and after only."""
     before: bool = True
@@ -49,13 +60,16 @@ class EvalConfig(Block):
 
 
 class CheckpointConfig(Block):
+    """When training states are saved, and which are kept."""
+
     every: NonNegativeInt = 20
-    """Training steps; 0 = at the end only."""
+    """Training steps between two; 0 = at the end only."""
     keep: PositiveInt = 2
     """The newest so many stay, and the best."""
     best: str | None = "eval/pass@1"
     """The metric by which one is the best; a step that improves on it is saved. null: none is kept for being best."""
     best_is: Literal["highest", "lowest"] = "highest"
+    """Whether a higher or a lower value of it is better."""
 
 
 class FaultConfig(Block):
@@ -74,8 +88,13 @@ class FaultConfig(Block):
 
 
 class LogConfig(Block):
+    """What a run writes down for people."""
+
     completions_every: NonNegativeInt = 10
+    """Training steps between those whose completions are written to completions.jsonl; 0 = none."""
     completions: PositiveInt = 4
+    """How many prompts, each with its first response."""
     reflection_patterns: tuple[str, ...] = ("wait", "let me check", "recheck", "double-check", "verify", "mistake")
     """A response that holds one of these (case ignored) counts as self-reflecting."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "swanlab", "trackio"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl. Each but tensorboard needs its own package."""

@@ -96,37 +96,19 @@ class Progress:
         head = Text.assemble(
             (showable(self.name), "bold"), ("  ->  ", "dim"), (showable(self.run_dir), "dim"), no_wrap=True
         )
-        bar = Table.grid(padding=(0, 2), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1, min_width=10)
-        bar.add_column(no_wrap=True)
         busy = Table.grid(padding=(0, 1))
         busy.add_row("" if self._stage in ("done", "stopped") else self._spinner, Text(self._stage, style="cyan"))
-        bar.add_row(
-            Text.assemble((self.phase or "warming up", "magenta"), f"  {self.step:,}/{self.total_steps:,}"),
-            ProgressBar(
-                total=max(self.total_steps, 1), completed=self.step, complete_style="cyan", finished_style="green"
-            ),
-            busy,
-        )
+        bar = step_bar(self.phase or "warming up", self.step, self.total_steps, busy)
         facts = Text("   ").join([Text(fact) for fact in self._facts()])
         return Group(head, bar, *([facts] if facts else []), Text("   ".join(self._clocks()), style="dim"))
 
     def _facts(self) -> Iterator[str]:
-        shown = self._metrics
-        if REWARD in shown:
-            yield f"reward {shown[REWARD]:.3f}"
-        if PASS_AT_1 in shown:
-            base = self.base_pass_at_1
-            beside = "" if base is None or base == shown[PASS_AT_1] else f" (base {base:.1%})"
-            yield f"pass@1 {shown[PASS_AT_1]:.1%}{beside}"
-        if ROLLOUTS in shown:
-            yield f"rollouts {shown[ROLLOUTS]:,.0f}"
+        return facts(self._metrics, self.base_pass_at_1)
 
     def _clocks(self) -> Iterator[str]:
         pace = self._seconds_per_step()
         if pace is not None:
-            yield f"{pace:.2g} s/step" if pace < 10 else f"{pace:,.0f} s/step"
+            yield seconds_per_step(pace)
         yield f"elapsed {clock(time.monotonic() - self._started)}"
         if pace is not None and self.step < self.total_steps:
             yield f"left {clock(pace * (self.total_steps - self.step))}"
@@ -136,6 +118,35 @@ class Progress:
             return None
         (first, began), (last, ended) = self._marks[0], self._marks[-1]
         return (ended - began) / (last - first) if last > first else None
+
+
+def step_bar(phase: str, step: int, total_steps: int, beside: RenderableType) -> RenderableType:
+    """How far a run is, and what it is at."""
+    bar = Table.grid(padding=(0, 2), expand=True)
+    bar.add_column(no_wrap=True)
+    bar.add_column(ratio=1, min_width=10)
+    bar.add_column(no_wrap=True)
+    bar.add_row(
+        Text.assemble((phase, "magenta"), f"  {step:,}/{total_steps:,}"),
+        ProgressBar(total=max(total_steps, 1), completed=step, complete_style="cyan", finished_style="green"),
+        beside,
+    )
+    return bar
+
+
+def facts(metrics: Mapping[str, float], base_pass_at_1: float | None) -> Iterator[str]:
+    """The few numbers that say how a run goes, those of them that there are."""
+    if REWARD in metrics:
+        yield f"reward {metrics[REWARD]:.3f}"
+    if PASS_AT_1 in metrics:
+        known = base_pass_at_1 is not None and base_pass_at_1 != metrics[PASS_AT_1]
+        yield f"pass@1 {metrics[PASS_AT_1]:.1%}" + (f" (base {base_pass_at_1:.1%})" if known else "")
+    if ROLLOUTS in metrics:
+        yield f"rollouts {metrics[ROLLOUTS]:,.0f}"
+
+
+def seconds_per_step(pace: float) -> str:
+    return f"{pace:.2g} s/step" if pace < 10 else f"{pace:,.0f} s/step"
 
 
 def clock(seconds: float) -> str:

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from remix.durable import write_text
-from remix.types import RolloutGroup
+
+if TYPE_CHECKING:
+    from remix.types import RolloutGroup
 
 
 class RunLog:
@@ -64,10 +66,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1)]
+    return [parse_row(line, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1)]
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A line of a log. Raises ValueError where it is no JSON object with a step; `where` it stands, for the message."""
     try:
         row = json.loads(line.decode())
         if isinstance(row, dict) and type(row.get("step")) is int:
