@@ -1,4 +1,4 @@
-"""remix plan | train | eval | merge | grade"""
+"""remix plan | train | eval | merge | grade | continual | report"""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from remix.evaluation import command as evaluation
 from remix.merging import command as merging
+from remix.reporting import command as reporting
 from remix.terminal import Parser, guard_tracebacks, print_error, showable
 from remix.training.resume import add_resume_options
 
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_grade(commands)
     _add_continual(commands)
+    _add_report(commands)
     for command in (plan, train):
         command.add_argument(
             "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"
@@ -141,6 +143,18 @@ def _add_continual(commands: Any) -> None:
     continual.add_argument("action", choices=("report",))
     continual.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     continual.add_argument("--json", action="store_true", help="the record and the four numbers as JSON")
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        usage=reporting.USAGE,
+        help="a page about one run, or several side by side",
+        description="Writes one HTML file that needs no network: curves, evaluations, samples, warnings and the recipe "
+        "of a run; of several, their curves together and the rollouts that each took to the same accuracy.",
+    )
+    report.set_defaults(command=_report)
+    reporting.add_arguments(report)
 
 
 class _Version(argparse.Action):
@@ -269,6 +283,13 @@ def _continual(args: argparse.Namespace, *_: Any) -> int:
     for path in write_report(record, args.run_dir):
         console.print(showable(str(path)), style="dim")
     return 0
+
+
+# --- remix report -------------------------------------------------------------------------------------------------
+
+
+def _report(args: argparse.Namespace, *_: Any) -> int:
+    return reporting.main(args)
 
 
 # --- remix train --------------------------------------------------------------------------------------------------

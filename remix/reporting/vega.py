@@ -1,0 +1,232 @@
+"""Charts as Vega-Lite specifications, which a browser draws with the library in the page and `--png` without one."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from remix.reporting.charts import Chart, Mark
+
+Axis = Literal["steps", "rollouts"]
+AXES: Mapping[Axis, str] = {"steps": "training steps", "rollouts": "rollouts"}
+VERSION = "6.4"
+"""Of Vega-Lite."""
+HEIGHT = 170
+PNG_WIDTH, PNG_SCALE = 420, 3.0
+
+# Okabe and Ito's colours, told apart with any colour vision; of ordered series viridis', light last.
+LIGHT = {
+    "ink": "#1c2126", "soft": "#5d6770", "line": "#e4e7ea", "card": "#ffffff", "page": "#f6f7f8", "shade": "#e9f1f8",
+    "series-0": "#0072b2", "series-1": "#d55e00", "series-2": "#008a63", "series-3": "#b5578f", "series-4": "#b07a00",
+    "series-5": "#3a93c9", "series-6": "#6b6b6b",
+    "order-0": "#440154", "order-1": "#355e8d", "order-2": "#1f968b", "order-3": "#5aad3c", "order-4": "#b8a500",
+    "good": "#00714f", "bad": "#b34700", "mark": "#fff7e8",
+}  # fmt: skip
+DARK = {
+    "ink": "#e8eaed", "soft": "#a0a9b2", "line": "#33393f", "card": "#1b1f23", "page": "#121518", "shade": "#24313d",
+    "series-0": "#56a8e0", "series-1": "#f0894a", "series-2": "#3cc397", "series-3": "#df8fbf", "series-4": "#e0b03c",
+    "series-5": "#8fd0f5", "series-6": "#a8a8a8",
+    "order-0": "#fde725", "order-1": "#7ad151", "order-2": "#22a884", "order-3": "#5b93c4", "order-4": "#a47cc4",
+    "good": "#3cc397", "bad": "#f0894a", "mark": "#2c261b",
+}  # fmt: skip
+SERIES = [f"var(--series-{n})" for n in range(7)]
+ORDER = [f"var(--order-{n})" for n in range(5)]
+
+
+def rows(chart: Chart) -> list[dict[str, Any]]:
+    """The data of a chart, a row for each point."""
+    return [
+        {
+            "series": one.label,
+            "steps": point.steps,
+            "rollouts": round(point.rollouts),
+            "value": _short(point.value),
+            **({} if point.low is None or point.high is None else _bounds(point.low, point.high)),
+        }
+        for one in chart.series
+        for point in one.points
+    ]
+
+
+def specification(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -> dict[str, Any]:
+    """Without its data, which is named `rows`. Colours are variables of the page: one specification for light, dark
+    and paper. `furthest`: where the axes end, the same for all charts of a page."""
+    x = {
+        "field": axis,
+        "type": "quantitative",
+        "scale": {"domain": [0, furthest[axis]], "nice": False},
+        "axis": {"title": AXES[axis], "format": "~s" if axis == "rollouts" else "d", "tickMinStep": 1},
+    }
+    return {
+        "$schema": f"https://vega.github.io/schema/vega-lite/v{VERSION.partition('.')[0]}.json",
+        "description": f"{chart.title}: {chart.about}; against {AXES[axis]}.",
+        "data": {"name": "rows"},
+        "width": "container",
+        "height": HEIGHT,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "layer": [*_phases(chart, axis, x), *_curves(chart, axis, x)],
+        "config": CONFIG,
+    }
+
+
+def png(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -> bytes:
+    """On white, with its title."""
+    import vl_convert
+
+    whole = specification(chart, axis, furthest=furthest) | {
+        "datasets": {"rows": rows(chart)},
+        "width": PNG_WIDTH,
+        "title": {"text": chart.title, "subtitle": textwrap.wrap(chart.about, 72)},
+        "background": "white",
+    }
+    plain = re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: LIGHT[match[1]], json.dumps(whole))
+    return bytes(vl_convert.vegalite_to_png(plain, vl_version=VERSION, scale=PNG_SCALE))
+
+
+def library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle(vl_version=VERSION))
+
+
+def furthest(charts: Sequence[Chart]) -> dict[Axis, float]:
+    points = [point for chart in charts for one in chart.series for point in one.points]
+    return {
+        "steps": max((point.steps for point in points), default=1.0),
+        "rollouts": max((point.rollouts for point in points), default=1.0) or 1.0,
+    }
+
+
+def write_pngs(charts: Sequence[Chart], folder: Path) -> list[Path]:
+    """Every chart against steps and against rollouts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ends, paths = furthest(charts), []
+    for chart in charts:
+        for axis in AXES:
+            path = folder / f"{chart.name}_by_{axis}.png"
+            path.write_bytes(png(chart, axis, furthest=ends))
+            paths.append(path)
+    return paths
+
+
+def _phases(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Replay shaded, reincarnations as dashed lines."""
+
+    def at(mark: Mark) -> float:
+        return mark.steps if axis == "steps" else mark.rollouts
+
+    layers: list[dict[str, Any]] = []
+    if chart.replay:
+        ends = [{axis: at(start), "end": at(end)} for start, end in chart.replay]
+        shade = {"type": "rect", "color": "var(--shade)", "tooltip": None}
+        layers.append({"data": {"values": ends}, "mark": shade, "encoding": {"x": x, "x2": {"field": "end"}}})
+    if chart.reincarnations:
+        lines = [{axis: at(mark)} for mark in chart.reincarnations]
+        dashes = {"type": "rule", "color": "var(--soft)", "strokeDash": [3, 3], "tooltip": None}
+        layers.append({"data": {"values": lines}, "mark": dashes, "encoding": {"x": x}})
+    return layers
+
+
+def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, Any]]:
+    stacked, labels = chart.shape == "stack", [one.label for one in chart.series]
+    y = {
+        "field": "value",
+        "type": "quantitative",
+        "scale": {"type": "log"} if chart.log else {"zero": stacked, "nice": True},
+        "axis": {"title": None, "format": chart.format, "tickCount": 5},
+        "stack": "zero" if stacked else None,
+    }
+    colour = {
+        "field": "series",
+        "type": "nominal",
+        "sort": None,
+        "scale": {"domain": labels, "range": ORDER if chart.ordered else SERIES},
+        "legend": {"title": None} if len(labels) > 1 else None,
+    }
+    shared = {"x": x, "y": y, "color": colour}
+    positive = [{"filter": "datum.value > 0"}] if chart.log else []
+    interpolate = "step-after" if chart.shape == "steps" else "linear"
+    layers: list[dict[str, Any]] = []
+    banded = any(point.low is not None for one in chart.series for point in one.points)
+    if banded:
+        y_band = {key: value for key, value in y.items() if key != "stack"} | {"field": "low"}
+        layers.append(
+            {
+                "transform": [{"filter": "isValid(datum.low)"}, *([{"filter": "datum.low > 0"}] if chart.log else [])],
+                "mark": {"type": "area", "opacity": 0.16, "tooltip": None, "interpolate": interpolate},
+                "encoding": {"x": x, "y": y_band, "y2": {"field": "high"}, "color": colour},
+            }
+        )
+    mark: dict[str, Any] = (
+        {"type": "area", "opacity": 0.85, "interpolate": "linear"}
+        if stacked
+        else {"type": "line", "strokeWidth": 1.8, "interpolate": interpolate, "point": False}
+    )
+    layers.append({"transform": positive, "mark": mark | {"tooltip": None}, "encoding": shared})
+    if chart.shape == "dots":
+        layers.append({"mark": {"type": "point", "filled": True, "size": 26, "tooltip": None}, "encoding": shared})
+    layers.append(_hover(shared, positive, _tooltip(chart, axis, ends=banded)))
+    return layers
+
+
+def _hover(shared: Mapping[str, Any], positive: Sequence[Any], tooltip: Sequence[Any]) -> dict[str, Any]:
+    """The point nearest to the pointer, and what it says."""
+    near = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
+    shown = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
+    return {
+        "transform": list(positive),
+        "params": [{"name": "near", "select": near}],
+        "mark": {"type": "point", "filled": True, "size": 55, "aria": False},
+        "encoding": {**shared, "opacity": shown, "tooltip": list(tooltip)},
+    }
+
+
+def _tooltip(chart: Chart, axis: Axis, *, ends: bool) -> list[dict[str, Any]]:
+    value_format = chart.format.replace(".0%", ".1%")
+    fields = [
+        {"field": "series", "type": "nominal", "title": "curve"},
+        {"field": "value", "type": "quantitative", "title": chart.title, "format": value_format},
+        {"field": "steps", "type": "quantitative", "title": "after step", "format": ",d"},
+        {"field": "rollouts", "type": "quantitative", "title": "rollouts", "format": ",d"},
+    ]
+    if ends:
+        bounds = [("low", "from"), ("high", "to")]
+        fields[2:2] = [
+            {"field": name, "type": "quantitative", "title": title, "format": value_format} for name, title in bounds
+        ]
+    return fields if len(chart.series) > 1 else fields[1:]
+
+
+def _bounds(low: float, high: float) -> dict[str, float]:
+    return {"low": _short(low), "high": _short(high)}
+
+
+def _short(value: float) -> float:
+    """As precise as a picture is."""
+    return float(f"{value:.5g}")
+
+
+CONFIG: dict[str, Any] = {
+    "font": "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif",
+    "background": None,
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "var(--soft)", "titleColor": "var(--soft)", "gridColor": "var(--line)", "domain": False,
+        "ticks": False, "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "labelPadding": 6,
+    },
+    "axisX": {"grid": False, "domain": True, "domainColor": "var(--line)", "titlePadding": 6},
+    "axisY": {"minExtent": 40, "maxExtent": 40},
+    "legend": {
+        "orient": "top", "labelColor": "var(--ink)", "labelFontSize": 11, "symbolType": "stroke", "symbolSize": 120,
+        "symbolStrokeWidth": 3, "offset": 4, "columnPadding": 12, "labelLimit": 220,
+    },
+    "title": {
+        "anchor": "start", "color": "var(--ink)", "subtitleColor": "var(--soft)", "fontSize": 14,
+        "subtitleFontSize": 11, "offset": 10,
+    },
+}  # fmt: skip
