@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_grade(commands)
     _add_continual(commands)
-    _add_report(commands)
+    reporting.add_command(commands)
     for command in (plan, train):
         command.add_argument(
             "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"
@@ -143,18 +143,6 @@ def _add_continual(commands: Any) -> None:
     continual.add_argument("action", choices=("report",))
     continual.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     continual.add_argument("--json", action="store_true", help="the record and the four numbers as JSON")
-
-
-def _add_report(commands: Any) -> None:
-    report = commands.add_parser(
-        "report",
-        usage=reporting.USAGE,
-        help="a page about one run, or several side by side",
-        description="Writes one HTML file that needs no network: curves, evaluations, samples, warnings and the recipe "
-        "of a run; of several, their curves together and the rollouts that each took to the same accuracy.",
-    )
-    report.set_defaults(command=_report)
-    reporting.add_arguments(report)
 
 
 class _Version(argparse.Action):
@@ -283,13 +271,6 @@ def _continual(args: argparse.Namespace, *_: Any) -> int:
     for path in write_report(record, args.run_dir):
         console.print(showable(str(path)), style="dim")
     return 0
-
-
-# --- remix report -------------------------------------------------------------------------------------------------
-
-
-def _report(args: argparse.Namespace, *_: Any) -> int:
-    return reporting.main(args)
 
 
 # --- remix train --------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ PLOTS = (
             "self-reflecting": "response/self_reflection",
             "equal rewards": "rollouts/uniform_groups",
         },
-        format=".0%",
+        format=".3~p",
     ),
     Plot("entropy", "Entropy", "nats per token, of the policy in training", {"entropy": "entropy"}),
     Plot(
@@ -93,6 +93,7 @@ PLOTS = (
         {"ratio": "ratio/mean"},
         by_lag="ratio/mean",
         band=("ratio/p05", "ratio/p95"),
+        format=".4~g",
     ),
     Plot(
         "clip_fraction",
@@ -100,7 +101,7 @@ PLOTS = (
         "share of tokens whose gradient is clipped",
         {"clip fraction": "clip_fraction"},
         by_lag="clip_fraction",
-        format=".1~%",
+        format=".3~p",
     ),
     Plot(
         "ess",
@@ -108,7 +109,7 @@ PLOTS = (
         "share of tokens that as many equal weights would count",
         {"effective sample size": "ess"},
         by_lag="ess",
-        format=".3~%",
+        format=".3~p",
     ),
     Plot("replay_age", "Replay age", "mean lag of the tokens trained on", {"mean lag": "policy_lag/mean"}),
     Plot(
@@ -116,7 +117,7 @@ PLOTS = (
         "Sampler mismatch",
         "|log-prob of the engine − of the trainer|, nats per token",
         {"mean": "sampler/mismatch_mean", "largest": "sampler/mismatch_max"},
-        format=".2~g",
+        format=".1~e",
         log=True,
     ),
     Plot(
@@ -148,7 +149,7 @@ def of_lines(lines: Sequence[Line]) -> list[Chart]:
     """The same metrics, each line a curve with its seeds as band."""
     evaluated = Chart(
         "pass_at_1", "pass@1", "evaluated; the band is from the lowest to the highest seed",
-        _over(lines, accuracy), ".0%", "dots",
+        _over(lines, accuracy), ".3~p", "dots",
     )  # fmt: skip
     reward = Plot("reward", "Reward", "mean of a step's fresh responses", {"": "reward/mean"})
     seconds = Plot("time", "Seconds of a step", "all stages, evaluations included", {"": "time/step"})
@@ -212,7 +213,7 @@ def _accuracies(run: Run) -> Chart:
         series += [Series(exam, list(points(f"eval/{exam}/pass@1", exam))) for exam in exams]
     known = any(point.low is not None for one in series for point in one.points)
     return Chart(
-        "pass_at_1", "pass@1", "evaluated" + (", with its 95% interval" if known else ""), series, ".0%", "dots"
+        "pass_at_1", "pass@1", "evaluated" + (", with its 95% interval" if known else ""), series, ".3~p", "dots"
     )
 
 

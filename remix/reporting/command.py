@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-USAGE = "remix report RUN_DIR [RUN_DIR ...] [--out report.html] [--png DIR]"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_command(commands: Any) -> None:
+    """To the subcommands of `remix`."""
+    parser = commands.add_parser(
+        "report",
+        usage="remix report RUN_DIR [RUN_DIR ...] [--out report.html] [--png DIR]",
+        help="a page about one run, or several side by side",
+        description="Writes one HTML file that needs no network: curves, evaluations, samples, warnings and the recipe "
+        "of a run; of several, their curves together and the rollouts that each took to the same accuracy.",
+    )
+    parser.set_defaults(command=main)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (default report.html)"
@@ -16,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=Path, metavar="DIR", help="the curves as pictures too, into this folder")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, *_: Any) -> int:
     """Raises ValueError before anything is written."""
     from remix.durable import write_text
     from remix.reporting.findings import findings

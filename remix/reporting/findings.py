@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from statistics import fmean, median, pstdev
 from typing import Literal, NamedTuple
 
@@ -75,11 +76,12 @@ def _values(run: Run, key: str) -> list[float]:
 def not_finite(run: Run) -> Iterator[Finding]:
     if run.not_finite:
         first, steps = min(run.not_finite.items(), key=lambda item: item[1])
-        more = len(run.not_finite) - 1
+        more = f" {len(run.not_finite) - 1} other metrics were so too." if len(run.not_finite) > 1 else ""
         yield Finding(
             "serious",
             "Numbers that are none",
-            f"{first} was NaN or infinite first at step {steps}" + (f", and {more} other metrics later." if more else "."),
+            f"{first} was NaN or infinite first at step {steps}"
+            + (f", and {more} other metrics later." if more else "."),
             "Lower `optimizer.lr` or `optimizer.max_grad_norm`, or set `model.dtype` to float32.",
         )
 
@@ -108,7 +110,7 @@ def reward_falls(run: Run) -> Iterator[Finding]:
     steps = [row.steps for row, _ in run.series("reward/mean")][curve.index(peak) + width - 1]
     lost = peak - curve[-1]
     # The spread of a step about its neighbours, and of the mean of a window of them.
-    noise = pstdev(b - a for a, b in zip(values, values[1:], strict=False)) / math.sqrt(2 * width)
+    noise = pstdev(b - a for a, b in pairwise(values)) / math.sqrt(2 * width)
     if lost > REWARD_LOST * (peak - curve[0]) and lost > 3 * noise:
         yield Finding(
             "serious",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -124,7 +124,7 @@ def _evaluations(run: Run) -> dict[str, Any] | None:
     """The table, with the columns that some evaluation has."""
     if not run.evaluations:
         return None
-    columns = [(PASS_AT_1, "pass@1", percent)]
+    columns: list[tuple[str, str, Callable[[float], str]]] = [(PASS_AT_1, "pass@1", percent)]
     exams = run.exams()
     names = {name for at in run.evaluations for name in at.metrics}
     further = sorted(name for name in names if name.startswith(("eval/pass@", "eval/maj@")) and name != PASS_AT_1)
@@ -266,7 +266,7 @@ def _render(template: str, charts: Sequence[Chart], runs: Sequence[Run], **value
     environment.filters |= shown | {"count": lambda value: f"{value:,.0f}", "whole_percent": lambda v: f"{v:.0%}"}
     ends = vega.furthest(charts)
     library, script = vega.library(), _own("page.js")
-    return environment.get_template(template).render(
+    page: str = environment.get_template(template).render(
         charts=charts,
         drawn=[
             {
@@ -286,6 +286,7 @@ def _render(template: str, charts: Sequence[Chart], runs: Sequence[Run], **value
         now=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         **values,
     )
+    return page
 
 
 def _own(name: str) -> str:

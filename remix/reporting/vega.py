@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -20,14 +21,14 @@ PNG_WIDTH, PNG_SCALE = 420, 3.0
 
 # Okabe and Ito's colours, told apart with any colour vision; of ordered series viridis', light last.
 LIGHT = {
-    "ink": "#1c2126", "soft": "#5d6770", "line": "#e4e7ea", "card": "#ffffff", "page": "#f6f7f8", "shade": "#e9f1f8",
+    "ink": "#1c2126", "soft": "#5d6770", "line": "#e4e7ea", "card": "#ffffff", "page": "#f6f7f8", "shade": "#dfeaf4",
     "series-0": "#0072b2", "series-1": "#d55e00", "series-2": "#008a63", "series-3": "#b5578f", "series-4": "#b07a00",
     "series-5": "#3a93c9", "series-6": "#6b6b6b",
     "order-0": "#440154", "order-1": "#355e8d", "order-2": "#1f968b", "order-3": "#5aad3c", "order-4": "#b8a500",
     "good": "#00714f", "bad": "#b34700", "mark": "#fff7e8",
 }  # fmt: skip
 DARK = {
-    "ink": "#e8eaed", "soft": "#a0a9b2", "line": "#33393f", "card": "#1b1f23", "page": "#121518", "shade": "#24313d",
+    "ink": "#e8eaed", "soft": "#a0a9b2", "line": "#33393f", "card": "#1b1f23", "page": "#121518", "shade": "#2a3a49",
     "series-0": "#56a8e0", "series-1": "#f0894a", "series-2": "#3cc397", "series-3": "#df8fbf", "series-4": "#e0b03c",
     "series-5": "#8fd0f5", "series-6": "#a8a8a8",
     "order-0": "#fde725", "order-1": "#7ad151", "order-2": "#22a884", "order-3": "#5b93c4", "order-4": "#a47cc4",
@@ -59,7 +60,7 @@ def specification(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -
         "field": axis,
         "type": "quantitative",
         "scale": {"domain": [0, furthest[axis]], "nice": False},
-        "axis": {"title": AXES[axis], "format": "~s" if axis == "rollouts" else "d", "tickMinStep": 1},
+        "axis": {"title": AXES[axis], "format": "~s" if axis == "rollouts" else "d", "tickMinStep": 1, "tickCount": 6},
     }
     return {
         "$schema": f"https://vega.github.io/schema/vega-lite/v{VERSION.partition('.')[0]}.json",
@@ -84,14 +85,14 @@ def png(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -> bytes:
         "background": "white",
     }
     plain = re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: LIGHT[match[1]], json.dumps(whole))
-    return bytes(vl_convert.vegalite_to_png(plain, vl_version=VERSION, scale=PNG_SCALE))
+    return vl_convert.vegalite_to_png(plain, vl_version=VERSION, scale=PNG_SCALE)
 
 
 def library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle(vl_version=VERSION))
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VERSION)
 
 
 def furthest(charts: Sequence[Chart]) -> dict[Axis, float]:
@@ -123,7 +124,7 @@ def _phases(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
     layers: list[dict[str, Any]] = []
     if chart.replay:
         ends = [{axis: at(start), "end": at(end)} for start, end in chart.replay]
-        shade = {"type": "rect", "color": "var(--shade)", "tooltip": None}
+        shade = {"type": "rect", "color": "var(--shade)", "opacity": 0.6, "tooltip": None}
         layers.append({"data": {"values": ends}, "mark": shade, "encoding": {"x": x, "x2": {"field": "end"}}})
     if chart.reincarnations:
         lines = [{axis: at(mark)} for mark in chart.reincarnations]
@@ -138,7 +139,7 @@ def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
         "field": "value",
         "type": "quantitative",
         "scale": {"type": "log"} if chart.log else {"zero": stacked, "nice": True},
-        "axis": {"title": None, "format": chart.format, "tickCount": 5},
+        "axis": {"title": None, "format": chart.format, "tickCount": 5} | (_decades(chart) if chart.log else {}),
         "stack": "zero" if stacked else None,
     }
     colour = {
@@ -146,7 +147,7 @@ def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
         "type": "nominal",
         "sort": None,
         "scale": {"domain": labels, "range": ORDER if chart.ordered else SERIES},
-        "legend": {"title": None} if len(labels) > 1 else None,
+        "legend": _legend(stacked) if len(labels) > 1 else None,
     }
     shared = {"x": x, "y": y, "color": colour}
     positive = [{"filter": "datum.value > 0"}] if chart.log else []
@@ -174,6 +175,11 @@ def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
     return layers
 
 
+def _legend(stacked: bool) -> dict[str, Any]:
+    symbol = {"symbolType": "square", "symbolStrokeWidth": 0} if stacked else {"symbolType": "stroke"}
+    return {"title": None, "columns": 4, "symbolOpacity": 1, **symbol}
+
+
 def _hover(shared: Mapping[str, Any], positive: Sequence[Any], tooltip: Sequence[Any]) -> dict[str, Any]:
     """The point nearest to the pointer, and what it says."""
     near = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
@@ -187,19 +193,25 @@ def _hover(shared: Mapping[str, Any], positive: Sequence[Any], tooltip: Sequence
 
 
 def _tooltip(chart: Chart, axis: Axis, *, ends: bool) -> list[dict[str, Any]]:
-    value_format = chart.format.replace(".0%", ".1%")
     fields = [
         {"field": "series", "type": "nominal", "title": "curve"},
-        {"field": "value", "type": "quantitative", "title": chart.title, "format": value_format},
+        {"field": "value", "type": "quantitative", "title": chart.title, "format": chart.format},
         {"field": "steps", "type": "quantitative", "title": "after step", "format": ",d"},
         {"field": "rollouts", "type": "quantitative", "title": "rollouts", "format": ",d"},
     ]
     if ends:
         bounds = [("low", "from"), ("high", "to")]
         fields[2:2] = [
-            {"field": name, "type": "quantitative", "title": title, "format": value_format} for name, title in bounds
+            {"field": name, "type": "quantitative", "title": title, "format": chart.format} for name, title in bounds
         ]
     return fields if len(chart.series) > 1 else fields[1:]
+
+
+def _decades(chart: Chart) -> dict[str, Any]:
+    """One line for each power of ten, in place of nine."""
+    values = [point.value for one in chart.series for point in one.points if point.value > 0] or [1.0]
+    first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return {"values": [10.0**power for power in range(first, last + 1, max(1, (last - first) // 5))]}
 
 
 def _bounds(low: float, high: float) -> dict[str, float]:
@@ -222,8 +234,8 @@ CONFIG: dict[str, Any] = {
     "axisX": {"grid": False, "domain": True, "domainColor": "var(--line)", "titlePadding": 6},
     "axisY": {"minExtent": 40, "maxExtent": 40},
     "legend": {
-        "orient": "top", "labelColor": "var(--ink)", "labelFontSize": 11, "symbolType": "stroke", "symbolSize": 120,
-        "symbolStrokeWidth": 3, "offset": 4, "columnPadding": 12, "labelLimit": 220,
+        "orient": "top", "labelColor": "var(--ink)", "labelFontSize": 11, "symbolSize": 120, "symbolStrokeWidth": 3,
+        "offset": 8, "columnPadding": 12, "labelLimit": 220,
     },
     "title": {
         "anchor": "start", "color": "var(--ink)", "subtitleColor": "var(--soft)", "fontSize": 14,
