@@ -68,7 +68,7 @@ PLOTS = (
     Plot(
         "responses",
         "Kinds of responses",
-        "shares of a step's fresh responses; “equal rewards”: of its groups",
+        "shares of a step's fresh responses; of its groups, those with equal rewards",
         {
             "cut off": "response/truncated",
             "no answer": "verdict/no_answer",

@@ -65,7 +65,7 @@ def group(runs: Sequence[Run]) -> list[Line]:
     found: list[tuple[dict[str, Any], list[Run]]] = []
     for run in runs:
         science = flat(run.recipe)
-        same = next((members for other, members in found if other == science and science), None)
+        same = next((members for other, members in found if run.recipe and other == science), None)
         if same is None:
             found.append((science, [run]))
         else:
@@ -107,7 +107,7 @@ def accuracy(run: Run) -> list[Point]:
 
 def rollouts_to(curve: Sequence[Point], target: float) -> float | None:
     """The rollouts after which a curve first is at `target`, on a straight line from the evaluation before."""
-    for before, after in zip([None, *curve[:-1]], curve, strict=True):
+    for before, after in zip([None, *curve], curve, strict=False):
         if after.value >= target:
             if before is None:
                 return after.rollouts
