@@ -41,6 +41,8 @@ class Chart:
     replay: Sequence[tuple[Mark, Mark]] = ()
     """Phases that replay, to be shaded."""
     reincarnations: Sequence[Mark] = ()
+    legend: bool = False
+    """Even where there is one series."""
     ordered: bool = False
     """Whether the series have an order, such as by lag."""
 
@@ -64,7 +66,13 @@ class Plot:
 
 
 PLOTS = (
-    Plot("length", "Response length", "tokens, mean over a step's fresh responses", {"sampled": "response/length"}),
+    Plot(
+        "length",
+        "Response length",
+        "tokens, mean over a step's fresh responses",
+        {"sampled": "response/length"},
+        format=",.5~r",
+    ),
     Plot(
         "responses",
         "Kinds of responses",
@@ -223,8 +231,9 @@ def _metrics(run: Run, plot: Plot) -> Chart:
         series = _by_lag(run, plot.by_lag, plot.band) or series
     if plot.name == "responses":  # what never happens is no curve
         series = [one for one in series if any(point.value for point in one.points)]
+    legend, ordered = len(plot.keys) > 1, plot.by_lag is not None
     return Chart(
-        plot.name, plot.title, plot.about, series, plot.format, plot.shape, plot.log, ordered=plot.by_lag is not None
+        plot.name, plot.title, plot.about, series, plot.format, plot.shape, plot.log, legend=legend, ordered=ordered
     )
 
 

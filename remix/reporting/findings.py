@@ -79,7 +79,7 @@ def not_finite(run: Run) -> Iterator[Finding]:
         more = f" {len(run.not_finite) - 1} other metrics were so too." if len(run.not_finite) > 1 else ""
         yield Finding(
             "serious",
-            "Numbers that are none",
+            "Values that are not finite",
             f"{first} was NaN or infinite first at step {steps}"
             + (f", and {more} other metrics later." if more else "."),
             "Lower `optimizer.lr` or `optimizer.max_grad_norm`, or set `model.dtype` to float32.",
@@ -140,7 +140,7 @@ def accuracy_falls(run: Run) -> Iterator[Finding]:
             "serious",
             "pass@1 falls after a peak",
             f"It was {_pass(best):.1%} after step {best.steps} and is {_pass(last):.1%} after step {last.steps}.",
-            "Take the model from `checkpoints/best`; stop there (`steps`), or lower `optimizer.lr`.",
+            "Take the model from `checkpoints/best`; stop there with `max_steps`, or lower `optimizer.lr`.",
         )
     elif len(scored) > 1 and scored[0].steps == 0 and _pass(last) <= _pass(scored[0]):
         yield Finding(
@@ -163,15 +163,15 @@ def few_effective_samples(run: Run) -> Iterator[Finding]:
             "large importance ratios decide the gradient.",
             less,
         )
+        return
     lags = {key for row in run.rows for key in row.metrics if re.fullmatch(r"ess/lag=[1-9]\d*", key)}
-    low = {key: end(values) for key in lags if (values := _values(run, key)) and end(values) < LOW_ESS_OF_A_LAG}
-    if low and not (values and end(values) < LOW_ESS):
-        key = min(low, key=lambda name: low[name])
-        lag = key.rpartition("=")[2]
+    ends = {key: end(of_lag) for key in lags if (of_lag := _values(run, key))}
+    if ends and min(ends.values()) < LOW_ESS_OF_A_LAG:
+        key = min(ends, key=lambda name: ends[name])
         yield Finding(
             "look",
             "Old samples hardly count",
-            f"Of rollouts {lag} policies old, the effective sample size is {low[key]:.0%} at the end.",
+            f"Of rollouts {key.rpartition('=')[2]} policies old, the effective sample size is {ends[key]:.0%}.",
             less,
         )
 

@@ -7,6 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,7 @@ def png(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -> bytes:
     return vl_convert.vegalite_to_png(plain, vl_version=VERSION, scale=PNG_SCALE)
 
 
+@cache
 def library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script."""
     import vl_convert
@@ -147,7 +149,7 @@ def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
         "type": "nominal",
         "sort": None,
         "scale": {"domain": labels, "range": ORDER if chart.ordered else SERIES},
-        "legend": _legend(stacked) if len(labels) > 1 else None,
+        "legend": _legend(stacked) if chart.legend or len(labels) > 1 else None,
     }
     shared = {"x": x, "y": y, "color": colour}
     positive = [{"filter": "datum.value > 0"}] if chart.log else []

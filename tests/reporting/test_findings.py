@@ -60,7 +60,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("Rollouts were left out", {"batch__left_out": 5.0, "batch__rollouts": 100.0}, {"batch__left_out": 0.0}),
     ("The policy is far from its reference", {"kl__reference": ramp(0.0, 2.0)}, {"kl__reference": 0.1}),
     ("The gradient spikes", {"grad_norm__policy": [1.0] * 19 + [50.0]}, {"grad_norm__policy": [1.0] * 19 + [9.0]}),
-    ("Numbers that are none", {"entropy": [0.5] * 19 + [float("nan")]}, {"entropy": 0.5}),
+    ("Values that are not finite", {"entropy": [0.5] * 19 + [float("nan")]}, {"entropy": 0.5}),
     ("Nothing was gained", {"score": 0.2}, {"score": 0.21}),
 ]
 

@@ -59,7 +59,7 @@ def test_numbers_that_are_none_are_kept_apart(tmp_path: Path) -> None:
         (lambda path: path.rename(path.with_name("elsewhere")), "no such directory"),
         (lambda path: (path / "metrics.jsonl").unlink(), "not the directory of a run"),
         (lambda path: (path / "metrics.jsonl").write_text('{"step": 0'), "no training step has been logged yet"),
-        (lambda path: (path / "metrics.jsonl").write_text('{"step": 0}\nrubbish\n'), "metrics.jsonl:2.*remove the line"),
+        (lambda path: (path / "metrics.jsonl").write_text('{"step": 0}\n-\n'), "metrics.jsonl:2.*remove the line"),
         (lambda path: (path / "completions.jsonl").write_text("[]\n"), "completions.jsonl:1.*remove the line"),
         (lambda path: (path / "continual.json").write_text("{}"), r"several tasks.*stages/task=00"),
     ],
