@@ -38,7 +38,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
             words += ["--repeat", "1", *QUICK[1:]]
         elif words[:2] == ["remix", "eval"]:
             words += ["--limit", "8"]
-        elif words[:2] in (["remix", "merge"], ["remix", "continual"]) or "scripts/bench_packing.py" in words:
+        elif words[:2] in (["remix", "merge"], ["remix", "continual"], ["remix", "report"]) or "scripts/bench_packing.py" in words:
             pass
         elif "continual" in command:
             words += ["steps=1", "phases=[{type: on_policy}]", *QUICK[1:], "continual.order=[colour,where]"]
@@ -53,6 +53,8 @@ def test_every_command_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "demo" / "final" / "model.safetensors").exists()
     assert (tmp_path / "runs" / "eval" / "summary.md").exists()
     assert (tmp_path / "runs" / "merged" / "model.safetensors").exists()
+    assert (tmp_path / "report.html").exists()
+    assert any((tmp_path / "pictures").iterdir())
     assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

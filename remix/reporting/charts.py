@@ -13,6 +13,7 @@ from remix.terminal import showable
 
 STAGES = ("sampling", "scoring", "anchors", "updating", "syncing", "evaluating")
 """Of a step, from the bottom of the stack to its top."""
+EQUAL = "equal rewards"
 
 
 class Series(NamedTuple):
@@ -81,7 +82,7 @@ PLOTS = (
             "cut off": "response/truncated",
             "no answer": "verdict/no_answer",
             "self-reflecting": "response/self_reflection",
-            "equal rewards": "rollouts/uniform_groups",
+            EQUAL: "rollouts/uniform_groups",
         },
         format=".3~p",
     ),
@@ -229,8 +230,9 @@ def _metrics(run: Run, plot: Plot) -> Chart:
     series = [Series(label, _points(run, key)) for label, key in plot.keys.items()]
     if plot.by_lag is not None:
         series = _by_lag(run, plot.by_lag, plot.band) or series
-    if plot.name == "responses":  # what never happens is no curve
+    if plot.name == "responses":  # what never happens is no curve, nor what says nothing
         series = [one for one in series if any(point.value for point in one.points)]
+        series = [one for one in series if one.label != EQUAL or run.learns_from_groups]
     legend, ordered = len(plot.keys) > 1, plot.by_lag is not None
     return Chart(
         plot.name, plot.title, plot.about, series, plot.format, plot.shape, plot.log, legend=legend, ordered=ordered

@@ -283,7 +283,7 @@ def grading(run: Run) -> Iterator[Finding]:
 
 def wasted_samples(run: Run) -> Iterator[Finding]:
     uniform = _values(run, "rollouts/uniform_groups")
-    if uniform and end(uniform) > MUCH_UNIFORM:
+    if run.learns_from_groups and uniform and end(uniform) > MUCH_UNIFORM:
         solved = end(_values(run, "reward/mean") or [0.0]) > 0.5
         yield Finding(
             "look",

@@ -96,7 +96,7 @@ def story(run: Run) -> str:
     model = run.recipe.get("model")
     path = model.get("path") if isinstance(model, Mapping) else None
     seed = run.recipe.get("seed")
-    trained = f"Trains {path}" if isinstance(path, str) else "A run"
+    trained = f"Trains {'/'.join(path.split('/')[-2:])}" if isinstance(path, str) else "A run"
     parts = [f"{trained}{f' with seed {seed}' if isinstance(seed, int) else ''}."]
     kinds = {"mix_policy": "with replay", "on_policy": "on-policy"}
     for number, phase in enumerate(run.phases):

@@ -107,6 +107,13 @@ class Run:
                 start, rollouts_start = row.steps, row.rollouts
         return found
 
+    @property
+    def learns_from_groups(self) -> bool:
+        """Whether responses to a prompt are compared with one another, so that equal rewards teach nothing."""
+        rollout, advantage = (self.recipe.get(key) for key in ("rollout", "advantage"))
+        alone = isinstance(rollout, Mapping) and rollout.get("group_size") == 1
+        return not alone and not (isinstance(advantage, Mapping) and advantage.get("type") == "gae")
+
     def series(self, key: str) -> list[tuple[Row, float]]:
         """The steps that have a finite value of a metric, with it."""
         pairs = ((row, row.metrics.get(key)) for row in self.rows)

@@ -18,6 +18,8 @@ AXES: Mapping[Axis, str] = {"steps": "training steps", "rollouts": "rollouts"}
 VERSION = "6.4"
 """Of Vega-Lite."""
 HEIGHT = 170
+ROOM = 42
+"""Letters of a legend beside one another, at the narrowest."""
 PNG_WIDTH, PNG_SCALE = 420, 3.0
 
 # Okabe and Ito's colours, told apart with any colour vision; of ordered series viridis', light last.
@@ -61,7 +63,8 @@ def specification(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -
         "field": axis,
         "type": "quantitative",
         "scale": {"domain": [0, furthest[axis]], "nice": False},
-        "axis": {"title": AXES[axis], "format": "~s" if axis == "rollouts" else "d", "tickMinStep": 1, "tickCount": 6},
+        # By an expression, since by a `format` 0 rollouts would be 0k.
+        "axis": {"title": AXES[axis], "labelExpr": "format(datum.value, '~s')", "tickMinStep": 1, "tickCount": 6},
     }
     return {
         "$schema": f"https://vega.github.io/schema/vega-lite/v{VERSION.partition('.')[0]}.json",
@@ -149,11 +152,11 @@ def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
         "type": "nominal",
         "sort": None,
         "scale": {"domain": labels, "range": ORDER if chart.ordered else SERIES},
-        "legend": _legend(stacked) if chart.legend or len(labels) > 1 else None,
+        "legend": _legend(labels, stacked) if chart.legend or len(labels) > 1 else None,
     }
     shared = {"x": x, "y": y, "color": colour}
     positive = [{"filter": "datum.value > 0"}] if chart.log else []
-    interpolate = "step-after" if chart.shape == "steps" else "linear"
+    interpolate = "step-before" if chart.shape == "steps" else "linear"
     layers: list[dict[str, Any]] = []
     banded = any(point.low is not None for one in chart.series for point in one.points)
     if banded:
@@ -177,9 +180,11 @@ def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
     return layers
 
 
-def _legend(stacked: bool) -> dict[str, Any]:
+def _legend(labels: Sequence[str], stacked: bool) -> dict[str, Any]:
+    """In as many columns as a narrow chart has room for."""
     symbol = {"symbolType": "square", "symbolStrokeWidth": 0} if stacked else {"symbolType": "stroke"}
-    return {"title": None, "columns": 4, "symbolOpacity": 1, **symbol}
+    columns = max(1, ROOM // (4 + max(map(len, labels))))
+    return {"title": None, "columns": columns, "symbolOpacity": 1, **symbol}
 
 
 def _hover(shared: Mapping[str, Any], positive: Sequence[Any], tooltip: Sequence[Any]) -> dict[str, Any]:
@@ -237,7 +242,7 @@ CONFIG: dict[str, Any] = {
     "axisY": {"minExtent": 40, "maxExtent": 40},
     "legend": {
         "orient": "top", "labelColor": "var(--ink)", "labelFontSize": 11, "symbolSize": 120, "symbolStrokeWidth": 3,
-        "offset": 8, "columnPadding": 12, "labelLimit": 220,
+        "offset": 8, "columnPadding": 10, "labelLimit": 240,
     },
     "title": {
         "anchor": "start", "color": "var(--ink)", "subtitleColor": "var(--soft)", "fontSize": 14,

@@ -95,6 +95,13 @@ def test_a_run_that_was_never_evaluated_says_so(tmp_path: Path) -> None:
     assert (found.weight, found.title) == ("look", "Nothing was evaluated")
 
 
+@pytest.mark.parametrize("change", [{"rollout": {"group_size": 1}}, {"advantage": {"type": "gae"}}])
+def test_equal_rewards_matter_where_they_are_compared_alone(tmp_path: Path, change: dict[str, Any]) -> None:
+    rows = steps(N, rollouts__uniform_groups=1.0)
+    rows[-1] |= EVALUATED
+    assert findings(read_run(make_run(tmp_path, rows, recipe=change))) == []
+
+
 def test_serious_findings_come_first(tmp_path: Path) -> None:
     weights = [
         found.weight for found in findings(read_run(make_run(tmp_path, steps(N, verdict__no_answer=0.9, ess=0.1))))
