@@ -38,7 +38,10 @@ def test_every_command_runs(tmp_path: Path) -> None:
             words += ["--repeat", "1", *QUICK[1:]]
         elif words[:2] == ["remix", "eval"]:
             words += ["--limit", "8"]
-        elif words[:2] in (["remix", "merge"], ["remix", "continual"], ["remix", "report"]) or "scripts/bench_packing.py" in words:
+        elif (
+            words[:2] in (["remix", "merge"], ["remix", "continual"], ["remix", "report"])
+            or "scripts/bench_packing.py" in words
+        ):
             pass
         elif "continual" in command:
             words += ["steps=1", "phases=[{type: on_policy}]", *QUICK[1:], "continual.order=[colour,where]"]

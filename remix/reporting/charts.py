@@ -64,6 +64,8 @@ class Plot:
     format: str = ".3~g"
     shape: Literal["line", "steps"] = "line"
     log: bool = False
+    events: bool = False
+    """Of things that may never happen: curves that stay at 0 are left out."""
 
 
 PLOTS = (
@@ -85,6 +87,7 @@ PLOTS = (
             EQUAL: "rollouts/uniform_groups",
         },
         format=".3~p",
+        events=True,
     ),
     Plot("entropy", "Entropy", "nats per token, of the policy in training", {"entropy": "entropy"}),
     Plot(
@@ -165,13 +168,15 @@ def of_lines(lines: Sequence[Line]) -> list[Chart]:
     charts = [evaluated]
     for plot in (reward, *PLOTS, seconds):
         for label, key in plot.keys.items():
-            several = len(plot.keys) > 1
+            several, series = len(plot.keys) > 1, _over(lines, lambda run, key=key: _points(run, key))  # type: ignore[misc]
+            if plot.events and not any(point.value for one in series for point in one.points):
+                continue
             charts.append(
                 Chart(
                     f"{plot.name}_{label}".replace(" ", "_") if several else plot.name,
                     f"{plot.title.removesuffix(' by lag')}" + (f": {label}" if several else ""),
                     plot.about.partition(", and from the 5th")[0],
-                    _over(lines, lambda run, key=key: _points(run, key)),  # type: ignore[misc]
+                    series,
                     plot.format,
                     plot.shape,
                     plot.log,
@@ -230,9 +235,9 @@ def _metrics(run: Run, plot: Plot) -> Chart:
     series = [Series(label, _points(run, key)) for label, key in plot.keys.items()]
     if plot.by_lag is not None:
         series = _by_lag(run, plot.by_lag, plot.band) or series
-    if plot.name == "responses":  # what never happens is no curve, nor what says nothing
+    if plot.events:
         series = [one for one in series if any(point.value for point in one.points)]
-        series = [one for one in series if one.label != EQUAL or run.learns_from_groups]
+    series = [one for one in series if one.label != EQUAL or run.learns_from_groups]
     legend, ordered = len(plot.keys) > 1, plot.by_lag is not None
     return Chart(
         plot.name, plot.title, plot.about, series, plot.format, plot.shape, plot.log, legend=legend, ordered=ordered

@@ -18,7 +18,8 @@ from remix.reporting.runs import PASS_AT_1, Evaluation, Run, interval
 
 FEWEST_STEPS = 8
 """Below that, no trend is made out."""
-LOW_ESS = 0.5
+LOW_ESS, ESS_LEFT = 0.5, 0.75
+"""Of the tokens; of what it was at the beginning."""
 LOW_ESS_OF_A_LAG = 0.3
 MUCH_CLIPPED = 0.3
 ENTROPY_LEFT, ENTROPY_GROWN = 0.1, 2.0
@@ -155,15 +156,14 @@ def accuracy_falls(run: Run) -> Iterator[Finding]:
 def few_effective_samples(run: Run) -> Iterator[Finding]:
     less = "Lower `phases.0.off_policy_fraction`, `phases.0.window`, `phases.0.utd_ratio` or `optimizer.lr`."
     values = _values(run, "ess")
-    if values and end(values) < LOW_ESS:
-        yield Finding(
-            "serious",
-            "Few samples do the work",
-            f"The effective sample size went from {beginning(values):.0%} to {end(values):.0%} of the tokens: a few "
-            "large importance ratios decide the gradient.",
-            less,
-        )
+    ends_at = (beginning(values), end(values)) if values else (1.0, 1.0)
+    seen = "The effective sample size went from {:.0%} to {:.0%} of the tokens".format(*ends_at)
+    if ends_at[1] < LOW_ESS:
+        large = ": a few large importance ratios decide the gradient."
+        yield Finding("serious", "Few samples do the work", seen + large, less)
         return
+    if ends_at[1] < ESS_LEFT * ends_at[0]:
+        yield Finding("look", "Fewer samples do the work", seen + ".", less)
     lags = {key for row in run.rows for key in row.metrics if re.fullmatch(r"ess/lag=[1-9]\d*", key)}
     ends = {key: end(of_lag) for key in lags if (of_lag := _values(run, key))}
     if ends and min(ends.values()) < LOW_ESS_OF_A_LAG:
@@ -181,7 +181,7 @@ def much_is_clipped(run: Run) -> Iterator[Finding]:
     if values and end(values) > MUCH_CLIPPED:
         yield Finding(
             "serious",
-            "Most gradients are clipped",
+            "Many gradients are clipped",
             f"{end(values):.0%} of the tokens are clipped at the end, {beginning(values):.0%} were at the beginning.",
             "The policy moves too far within a step: lower `optimizer.lr`, `phases.0.utd_ratio` or "
             "`batch.minibatches`.",

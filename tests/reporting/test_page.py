@@ -13,7 +13,8 @@ from PIL import Image
 
 from remix import cli
 from remix.reporting import vega
-from remix.reporting.charts import of_run
+from remix.reporting.charts import of_lines, of_run
+from remix.reporting.lines import group
 from remix.reporting.runs import read_run
 from remix.types import Score
 from tests.reporting.making import make_run, steps
@@ -166,3 +167,4 @@ def test_a_request_that_cannot_be_met_writes_nothing(
 def test_charts_show_what_there_is(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path, steps(3, reward__mean=0.5, verdict__no_answer=0.0, unknown=1.0)))
     assert [chart.name for chart in of_run(run)] == ["reward"]
+    assert [chart.name for chart in of_lines(group([run]))] == ["reward"]
