@@ -48,6 +48,10 @@ def main(args: argparse.Namespace, *_: Any) -> int:
     for run in runs:
         found = findings(run)
         titles = "; ".join(finding.title for finding in found)
-        print(showable(f"{title(run)}: {run.steps:,} steps, {run.rollouts:,.0f} rollouts. {titles}").rstrip())
+        print(
+            showable(
+                f"{title(run)}: {run.steps:,} step{'s' * (run.steps > 1)}, {run.rollouts:,.0f} rollouts. {titles}"
+            ).rstrip()
+        )
     print(showable(out))
     return 0

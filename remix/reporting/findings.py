@@ -143,7 +143,7 @@ def accuracy_falls(run: Run) -> Iterator[Finding]:
             f"It was {_pass(best):.1%} after step {best.steps} and is {_pass(last):.1%} after step {last.steps}.",
             "Take the model from `checkpoints/best`; stop there with `max_steps`, or lower `optimizer.lr`.",
         )
-    elif len(scored) > 1 and scored[0].steps == 0 and _pass(last) <= _pass(scored[0]):
+    elif run.steps >= FEWEST_STEPS and scored[0].steps == 0 < last.steps and _pass(last) <= _pass(scored[0]):
         yield Finding(
             "serious",
             "Nothing was gained",

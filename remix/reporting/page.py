@@ -65,7 +65,7 @@ def run_page(run: Run) -> tuple[str, list[Chart]]:
 
 
 def runs_page(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
-    """The page of several, and its charts."""
+    """The page of which, and its charts."""
     lines = group(runs)
     charts = of_lines(lines)
     goals = targets(lines)
@@ -100,10 +100,11 @@ def story(run: Run) -> str:
     parts = [f"{trained}{f' with seed {seed}' if isinstance(seed, int) else ''}."]
     kinds = {"mix_policy": "with replay", "on_policy": "on-policy"}
     for number, phase in enumerate(run.phases):
-        joint = "Then the policy reincarnates: steps" if number else "Steps"
+        joint = "Then the policy reincarnates: step" if number else "Step"
+        which = f"s {phase.start + 1} to {phase.end}" if phase.end > phase.start + 1 else f" {phase.end}"
         rollouts = phase.rollouts_end - phase.rollouts_start
         kind = kinds.get(phase.type, phase.type)
-        parts.append(f"{joint} {phase.start + 1} to {phase.end} {kind}, {rollouts:,.0f} rollouts.")
+        parts.append(f"{joint}{which} {kind}, {rollouts:,.0f} rollouts.")
     return " ".join(parts)
 
 
@@ -139,7 +140,7 @@ def _evaluations(run: Run) -> dict[str, Any] | None:
     ]
     columns = [column for column in columns if column[0] in names]
     known = any(interval(at) for at in run.evaluations)
-    best = max((at.metrics.get(PASS_AT_1) or 0.0 for at in run.evaluations), default=0.0)
+    best = max(run.evaluations, key=lambda at: at.metrics.get(PASS_AT_1) or 0.0)
     rows = []
     for at in run.evaluations:
         values = ((at.metrics.get(key), shown) for key, _, shown in columns)
@@ -147,7 +148,7 @@ def _evaluations(run: Run) -> dict[str, Any] | None:
         if known:
             bounds = interval(at)
             cells.insert(3, f"{percent(bounds.low)} to {percent(bounds.high)}" if bounds else "–")
-        rows.append({"cells": cells, "best": at.metrics.get(PASS_AT_1) == best})
+        rows.append({"cells": cells, "best": at is best})
     head = ["after step", "rollouts", *(name for _, name, _ in columns)]
     if known:
         head.insert(3, "95% interval")
@@ -198,7 +199,7 @@ def _line(line: Line, place: int, reached: Sequence[Reached]) -> dict[str, Any]:
     mean = [point.value for point in band(line, accuracy)]
     return {
         "label": line.label,
-        "key": f"key-{place % len(vega.SERIES)}",
+        "key": f"line-{place % len(vega.SERIES)}",
         "rows": [_row(run) for run in line.runs],
         "recipe_text": line.runs[0].recipe_text,
         "goals": [_goal(one) for one in reached],
@@ -298,7 +299,7 @@ def _colours() -> Iterator[str]:
     for around, theme in (("{}", vega.LIGHT), ("@media screen and (prefers-color-scheme: dark) {{ {} }}", vega.DARK)):
         rules = "; ".join(f"--{name}: {colour}" for name, colour in theme.items())
         yield around.format(f":root {{ {rules} }}")
-    yield from (f".key-{place} {{ background: {colour} }}" for place, colour in enumerate(vega.SERIES))
+    yield from (f".line-{place} {{ background: {colour} }}" for place, colour in enumerate(vega.SERIES))
 
 
 def _hash(script: str) -> str:

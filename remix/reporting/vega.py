@@ -17,7 +17,11 @@ Axis = Literal["steps", "rollouts"]
 AXES: Mapping[Axis, str] = {"steps": "training steps", "rollouts": "rollouts"}
 VERSION = "6.4"
 """Of Vega-Lite."""
+LABEL = "datum.value % 1 ? '' : format(datum.value, '~s')"
+"""Of an axis of whole numbers; a plain format would write 0k and 500m."""
 HEIGHT = 170
+FEW = 3
+"""Points that are shown as such, since a line through them may be too short to see."""
 ROOM = 42
 """Letters of a legend beside one another, at the narrowest."""
 PNG_WIDTH, PNG_SCALE = 420, 3.0
@@ -63,8 +67,7 @@ def specification(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -
         "field": axis,
         "type": "quantitative",
         "scale": {"domain": [0, furthest[axis]], "nice": False},
-        # By an expression, since by a `format` 0 rollouts would be 0k.
-        "axis": {"title": AXES[axis], "labelExpr": "format(datum.value, '~s')", "tickMinStep": 1, "tickCount": 6},
+        "axis": {"title": AXES[axis], "labelExpr": LABEL, "tickMinStep": 1, "tickCount": 6},
     }
     return {
         "$schema": f"https://vega.github.io/schema/vega-lite/v{VERSION.partition('.')[0]}.json",
@@ -73,7 +76,7 @@ def specification(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -
         "width": "container",
         "height": HEIGHT,
         "autosize": {"type": "fit-x", "contains": "padding"},
-        "layer": [*_phases(chart, axis, x), *_curves(chart, axis, x)],
+        "layer": [*_phases(chart, axis, x), *_curves(chart, x)],
         "config": CONFIG,
     }
 
@@ -138,7 +141,7 @@ def _phases(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
     return layers
 
 
-def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _curves(chart: Chart, x: Mapping[str, Any]) -> list[dict[str, Any]]:
     stacked, labels = chart.shape == "stack", [one.label for one in chart.series]
     y = {
         "field": "value",
@@ -174,9 +177,9 @@ def _curves(chart: Chart, axis: Axis, x: Mapping[str, Any]) -> list[dict[str, An
         else {"type": "line", "strokeWidth": 1.8, "interpolate": interpolate, "point": False}
     )
     layers.append({"transform": positive, "mark": mark | {"tooltip": None}, "encoding": shared})
-    if chart.shape == "dots":
+    if chart.shape == "dots" or max(len(one.points) for one in chart.series) <= FEW:
         layers.append({"mark": {"type": "point", "filled": True, "size": 26, "tooltip": None}, "encoding": shared})
-    layers.append(_hover(shared, positive, _tooltip(chart, axis, ends=banded)))
+    layers.append(_hover(shared, positive, _tooltip(chart, ends=banded)))
     return layers
 
 
@@ -187,7 +190,7 @@ def _legend(labels: Sequence[str], stacked: bool) -> dict[str, Any]:
     return {"title": None, "columns": columns, "symbolOpacity": 1, **symbol}
 
 
-def _hover(shared: Mapping[str, Any], positive: Sequence[Any], tooltip: Sequence[Any]) -> dict[str, Any]:
+def _hover(shared: Mapping[str, Any], positive: Sequence[Any], tooltip: Mapping[str, Any]) -> dict[str, Any]:
     """The point nearest to the pointer, and what it says."""
     near = {"type": "point", "on": "pointerover", "clear": "pointerout", "nearest": True}
     shown = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
@@ -195,23 +198,22 @@ def _hover(shared: Mapping[str, Any], positive: Sequence[Any], tooltip: Sequence
         "transform": list(positive),
         "params": [{"name": "near", "select": near}],
         "mark": {"type": "point", "filled": True, "size": 55, "aria": False},
-        "encoding": {**shared, "opacity": shown, "tooltip": list(tooltip)},
+        "encoding": {**shared, "opacity": shown, "tooltip": tooltip},
     }
 
 
-def _tooltip(chart: Chart, axis: Axis, *, ends: bool) -> list[dict[str, Any]]:
-    fields = [
-        {"field": "series", "type": "nominal", "title": "curve"},
-        {"field": "value", "type": "quantitative", "title": chart.title, "format": chart.format},
-        {"field": "steps", "type": "quantitative", "title": "after step", "format": ",d"},
-        {"field": "rollouts", "type": "quantitative", "title": "rollouts", "format": ",d"},
-    ]
-    if ends:
-        bounds = [("low", "from"), ("high", "to")]
-        fields[2:2] = [
-            {"field": name, "type": "quantitative", "title": title, "format": chart.format} for name, title in bounds
-        ]
-    return fields if len(chart.series) > 1 else fields[1:]
+def _tooltip(chart: Chart, *, ends: bool) -> dict[str, Any]:
+    """An expression, since Vega-Lite would look for the text of a point in the cell that it lays around it."""
+    point = "(datum.datum || datum)"
+
+    def number(field: str, form: str) -> str:
+        return f"isValid({point}.{field}) ? format({point}.{field}, '{form}') : '–'"
+
+    parts = {"curve": f"{point}.series"} if len(chart.series) > 1 else {}
+    parts |= {"value": number("value", chart.format)}
+    parts |= {title: number(field, chart.format) for title, field in (("from", "low"), ("to", "high")) if ends}
+    parts |= {"after step": number("steps", ",d"), "rollouts": number("rollouts", ",d")}
+    return {"value": {"expr": "{" + ", ".join(f"{json.dumps(key)}: {said}" for key, said in parts.items()) + "}"}}
 
 
 def _decades(chart: Chart) -> dict[str, Any]:

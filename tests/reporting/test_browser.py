@@ -117,10 +117,14 @@ def test_the_switch_draws_against_rollouts(show: Any) -> None:
 
 
 def test_a_point_says_its_numbers(show: Any) -> None:
-    shown = show("real")
+    shown = show("several")
     box = shown.page.locator("#chart-reward svg").bounding_box(timeout=PATIENCE)
     shown.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    tooltip = shown.page.locator("#vg-tooltip-element.visible")
-    tooltip.wait_for(timeout=PATIENCE)
-    assert "after step" in tooltip.inner_text()
+    shown.page.locator("#vg-tooltip-element.visible").wait_for(timeout=PATIENCE)
+    rows = "[...document.querySelectorAll('#vg-tooltip-element tr')]"
+    said = dict(shown.look(f"{rows}.map(row => [...row.children].map(cell => cell.textContent))"))
+    assert list(said) == ["curve", "value", "from", "to", "after step", "rollouts"]
+    assert said["curve"].startswith("GRPO, lr 1e-0")
+    assert (said["value"], said["from"], said["to"]) == ("0.5", "0.5", "0.5")
+    assert int(said["rollouts"].replace(",", "")) == 100 * int(said["after step"])
     assert shown.said == []

@@ -8,7 +8,7 @@ async function draw(axis) {
   await Promise.all(charts.map(async (chart) => {
     const specification = { ...chart.against[axis], datasets: { rows: chart.rows } };
     // The page's own colours and tooltips; what the menu would save has no meaning outside of the page.
-    const options = { actions: false, renderer: "svg", tooltip: { theme: "custom" } };
+    const options = { actions: false, renderer: "svg", tooltip: { disableDefaultStyle: true } };
     views.set(chart.name, await vegaEmbed(document.getElementById(`chart-${chart.name}`), specification, options));
   }));
   document.documentElement.dataset.drawn = axis;
