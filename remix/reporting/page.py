@@ -65,7 +65,7 @@ def run_page(run: Run) -> tuple[str, list[Chart]]:
 
 
 def runs_page(runs: Sequence[Run]) -> tuple[str, list[Chart]]:
-    """The page of which, and its charts."""
+    """The page of several, and its charts."""
     lines = group(runs)
     charts = of_lines(lines)
     goals = targets(lines)

@@ -91,7 +91,7 @@ def png(chart: Chart, axis: Axis, *, furthest: Mapping[Axis, float]) -> bytes:
         "title": {"text": chart.title, "subtitle": textwrap.wrap(chart.about, 72)},
         "background": "white",
     }
-    plain = re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: LIGHT[match[1]], json.dumps(whole))
+    plain = re.sub(r"var\(--([a-z0-9-]+)\)", lambda match: LIGHT.get(match[1], match[0]), json.dumps(whole))
     return vl_convert.vegalite_to_png(plain, vl_version=VERSION, scale=PNG_SCALE)
 
 
@@ -174,11 +174,12 @@ def _curves(chart: Chart, x: Mapping[str, Any]) -> list[dict[str, Any]]:
     mark: dict[str, Any] = (
         {"type": "area", "opacity": 0.85, "interpolate": "linear"}
         if stacked
-        else {"type": "line", "strokeWidth": 1.8, "interpolate": interpolate, "point": False}
+        else {"type": "line", "strokeWidth": 1.8, "interpolate": interpolate}
     )
     layers.append({"transform": positive, "mark": mark | {"tooltip": None}, "encoding": shared})
     if chart.shape == "dots" or max(len(one.points) for one in chart.series) <= FEW:
-        layers.append({"mark": {"type": "point", "filled": True, "size": 26, "tooltip": None}, "encoding": shared})
+        dots = {"type": "point", "filled": True, "size": 26, "tooltip": None}
+        layers.append({"transform": positive, "mark": dots, "encoding": shared})
     layers.append(_hover(shared, positive, _tooltip(chart, ends=banded)))
     return layers
 

@@ -19,7 +19,7 @@ from remix.reporting.runs import read_run
 from remix.types import Score
 from tests.reporting.making import make_run, steps
 
-EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'</pre></style>{{ 7 * 7 }}\u202e\x1b[2J"
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'</pre></style>{{ 7 * 7 }}var(--x)\u202e\x1b[2J"
 
 
 class Tags(HTMLParser):
@@ -99,7 +99,7 @@ def test_text_stays_text(tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", rows, recipe={"seed": EVIL, "model": {"path": EVIL}})
     for number, runs in enumerate(([run], [run, other])):
         out = tmp_path / f"{number}.html"
-        assert report(*runs, "--out", out) == 0
+        assert report(*runs, "--out", out, "--png", tmp_path / "png") == 0
         text = out.read_text(encoding="utf-8")
         page = Tags(text)
         assert page.tags.count("script") == 3
