@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median, pstdev
 from typing import Literal, NamedTuple
@@ -125,6 +125,10 @@ def reward_falls(run: Run) -> Iterator[Finding]:
 def accuracy_falls(run: Run) -> Iterator[Finding]:
     scored = [evaluation for evaluation in run.evaluations if evaluation.metrics.get(PASS_AT_1) is not None]
     if not scored:
+        block = run.recipe.get("eval")
+        every = block.get("every") if isinstance(block, Mapping) else None
+        if run.result is None and run.steps < max(FEWEST_STEPS, every if isinstance(every, int) else 0):
+            return  # the first one is yet to come
         yield Finding(
             "look",
             "Nothing was evaluated",

@@ -74,7 +74,6 @@ def test_a_warning_fires_and_does_not(tmp_path: Path, title: str, ill: dict[str,
 
 def test_a_short_run_has_no_trends(tmp_path: Path) -> None:
     rows = steps(rules.FEWEST_STEPS - 1, ess=0.01, entropy=0.1, clip_fraction=0.9)
-    rows[-1] |= EVALUATED
     assert findings(read_run(make_run(tmp_path, rows))) == []
 
 
@@ -92,8 +91,13 @@ def test_a_fall_of_pass_at_1_is_one_that_its_intervals_do_not_explain(tmp_path: 
 
 
 def test_a_run_that_was_never_evaluated_says_so(tmp_path: Path) -> None:
-    (found,) = findings(read_run(make_run(tmp_path, steps(N, entropy=0.5))))
+    rows = steps(N, entropy=0.5)
+    (found,) = findings(read_run(make_run(tmp_path / "never", rows)))
     assert (found.weight, found.title) == ("look", "Nothing was evaluated")
+    early = make_run(tmp_path / "early", rows, recipe={"eval": {"every": N + 1}})
+    assert findings(read_run(early)) == [], "the first evaluation is yet to come"
+    (early / "result.json").write_text("{}", encoding="utf-8")
+    assert [found.title for found in findings(read_run(early))] == ["Nothing was evaluated"]
 
 
 @pytest.mark.parametrize("change", [{"rollout": {"group_size": 1}}, {"advantage": {"type": "gae"}}])

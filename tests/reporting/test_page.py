@@ -122,12 +122,12 @@ def test_a_page_asks_for_nothing(real_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_under_way_without_an_evaluation(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", steps(4, reward__mean=0.5, time__step=60.0))
+    run = make_run(tmp_path / "run", steps(9, reward__mean=0.5, time__step=60.0))
     (run / "recipe.yaml").unlink()
     out = tmp_path / "page.html"
     assert report(run, "--out", out) == 0
     text = " ".join(Tags(out.read_text(encoding="utf-8")).text.split())
-    for said in ("not measured", "Nothing was evaluated", "not finished", "4:00", "no recipe.yaml"):
+    for said in ("not measured", "Nothing was evaluated", "not finished", "9:00", "no recipe.yaml"):
         assert said in text
 
 
