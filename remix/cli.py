@@ -1,4 +1,4 @@
-"""remix plan | train | watch | eval | merge | grade | continual | schema"""
+"""remix plan | train | watch | report | eval | merge | grade | continual | schema"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 from remix.config.command import add_schema
 from remix.evaluation import command as evaluation
 from remix.merging import command as merging
+from remix.reporting import command as reporting
 from remix.terminal import Parser, guard_tracebacks, print_error, showable
 from remix.tracking.watch import add_watch
 from remix.training.resume import add_resume_options
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_grade(commands)
     _add_continual(commands)
+    reporting.add_command(commands)
     add_schema(commands)
     for command in (plan, train):
         command.add_argument(

@@ -36,6 +36,7 @@ FLOORS = {
     "remix.checkpoint": 3,
     "remix.tracking": 3,
     "remix.training": 4,
+    "remix.reporting": 4,
     "remix.evaluation": 4,
     "remix.train": 5,
     "remix.cli": 5,
@@ -59,6 +60,7 @@ DOORS = {
         "remix.rollout.hf_cache",
     },
     "math_verify": {"remix.rewards.equivalence"},
+    "vl_convert": {"remix.reporting.vega"},
     "pyarrow": {"remix.replay", "remix.evaluation.storage"},
     "safetensors": {
         "remix.checkpoint",

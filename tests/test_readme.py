@@ -18,7 +18,7 @@ COMMANDS = [
     line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    (bash|remix|accelerate|python) ", line)
 ]
 QUICK = ["max_steps=1", "eval.prompts=4", "batch.prompts=8"]
-WITHOUT_RECIPE = ("merge", "continual", "watch", "schema")
+WITHOUT_RECIPE = ("merge", "continual", "watch", "schema", "report")
 ELSEWHERE = {"bash scripts/test.sh"}  # what runs this
 
 
@@ -54,6 +54,8 @@ def test_every_command_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "demo" / "final" / "model.safetensors").exists()
     assert (tmp_path / "runs" / "eval" / "summary.md").exists()
     assert (tmp_path / "runs" / "merged" / "model.safetensors").exists()
+    assert (tmp_path / "report.html").exists()
+    assert any((tmp_path / "pictures").iterdir())
     assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
 
 

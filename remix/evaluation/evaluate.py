@@ -42,6 +42,7 @@ class Evaluation:
     def metrics(self, prefix: str) -> dict[str, float]:
         return {
             f"{prefix}/pass@1": self.avg_at_k,
+            f"{prefix}/problems": self.problems,  # what an interval of pass@1 is made from
             **{f"{prefix}/pass@{k}": value for k, value in self.pass_at.items()},
             **({} if self.maj_at_k is None else {f"{prefix}/maj@{self.samples}": self.maj_at_k}),
             f"{prefix}/response_length": self.mean_tokens,

@@ -62,6 +62,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return _read(run_dir / "metrics.jsonl")
 
 
+def read_completions(run_dir: Path) -> list[dict[str, Any]]:
+    """Those of completions.jsonl, in the same way."""
+    return _read(run_dir / "completions.jsonl")
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []

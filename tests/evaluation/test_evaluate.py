@@ -48,6 +48,7 @@ def test_by_hand() -> None:
     assert evaluation.self_reflection == 0.25
     assert evaluation.metrics("eval/sums") == {
         "eval/sums/pass@1": 0.375,
+        "eval/sums/problems": 4,
         "eval/sums/pass@2": 0.5,
         "eval/sums/maj@2": 0.5,
         "eval/sums/response_length": 4.5,
@@ -79,7 +80,15 @@ def test_a_single_sample_has_no_majority() -> None:
     assert (evaluation.avg_at_k, evaluation.pass_at, evaluation.maj_at_k) == (0.5, {}, None)
     assert set(evaluation.metrics("eval")) == {
         f"eval/{name}"
-        for name in ("pass@1", "response_length", "truncated", "no_answer", "grader_failed", "self_reflection")
+        for name in (
+            "pass@1",
+            "problems",
+            "response_length",
+            "truncated",
+            "no_answer",
+            "grader_failed",
+            "self_reflection",
+        )
     }
 
 
