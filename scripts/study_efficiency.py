@@ -20,8 +20,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import yaml
@@ -196,6 +197,13 @@ def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
     return result
 
 
+def end_with_parent() -> None:
+    """In a worker: nobody waits for what it writes once the study is killed, and the next one begins the cell anew."""
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 class Study:
     """Runs of cells, several at a time; each once."""
 
@@ -214,7 +222,7 @@ class Study:
         missing = {cell.name: cell for cell in cells if "failed" in self.results.get(cell.name, {"failed": ""})}
         if not self.jobs or not missing:
             return
-        with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(self.jobs, get_context("spawn"), end_with_parent) as pool:
             futures = {pool.submit(run_cell, cell, self.out): cell for cell in missing.values()}
             try:
                 for number, future in enumerate(as_completed(futures), 1):
