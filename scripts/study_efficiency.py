@@ -1,0 +1,394 @@
+"""Rollouts that ReMix and on-policy training take to an accuracy, what parts of ReMix matter, what replay does.
+
+    python scripts/study_efficiency.py                     # runs what is missing, then writes the page
+    python scripts/study_efficiency.py --write-only        # the page from what docs/evidence.json has
+
+Every cell is a run of a recipe in recipes/embedded with other keys. Its result goes into docs/evidence.json as soon as
+it is there: that cell is not run again. A cell that was interrupted begins again, one that failed is shown as failed
+and tried again by the next call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts import efficiency_page as page
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes" / "embedded"
+PAGE = ROOT / "docs" / "evidence.md"
+ALGORITHMS = ("grpo", "ppo")
+TASKS = {"3 to 5 terms": (), "4 to 6 terms": ("tasks.0.min_terms=4", "tasks.0.max_terms=6")}
+"""The base solves about 27% and 19% of them. The first is what ablation and dynamics are of."""
+TUNING_SEED = 1000
+CHEAP = ("log.trackers=[]", "log.completions_every=0", "checkpoint.every=0", "checkpoint.best=null")
+LRS = ("3.5e-5", "7.0e-5", "1.4e-4", "2.8e-4")
+SINGLE, PASSES, REMIX = "single pass", "best passes", "ReMix"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    budget: int = 20480
+    """Rollouts of every run; the last step may go beyond."""
+    seeds: int = 5
+    dynamics_seeds: int = 3
+    eval_every: int = 2
+    eval_prompts: int = 512
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train; `rounds` of settings to choose from, each given what the rounds before chose."""
+
+    name: str
+    recipe: str
+    keys: tuple[str, ...] = ()
+    rounds: tuple[tuple[tuple[str, ...], ...], ...] = field(default=(), hash=False)
+
+
+def each(key: str, *values: object) -> tuple[tuple[str, ...], ...]:
+    return tuple((f"{key}={value}",) for value in values)
+
+
+def arms(algorithm: str) -> list[Arm]:
+    """Twelve tuning runs each. Further arms go to the end: a name, a recipe, keys."""
+    group = 8 if algorithm == "grpo" else 1
+    prompts = [responses // group for responses in (256, 1024)]
+    minibatches = each("batch.minibatches", 1, 4, 8)
+    utd, mix = "phases.0.utd_ratio", "phases.0"
+    of_single = (each("batch.prompts", 128 // group, *prompts), minibatches, each("kl.weight", 0, "1.0e-2"))
+    of_passes = (each(utd, 2, 6, 8), each("batch.prompts", *prompts), minibatches)
+    of_remix = (
+        each(utd, 2, 6, 8),
+        each(f"{mix}.off_policy_fraction", 0.2, 0.5),
+        each(f"{mix}.window", 1),
+        each(f"{mix}.until.0.after", 6, 24),
+    )
+    lrs = each("optimizer.lr", *LRS)
+    return [
+        Arm(SINGLE, algorithm, rounds=(lrs, *of_single)),
+        Arm(PASSES, algorithm, (f"{utd}=4",), rounds=(lrs, *of_passes)),
+        Arm(REMIX, f"remix_{algorithm}", rounds=(lrs, *of_remix)),
+    ]
+
+
+FIXED = "kl.lambda_schedule=null"
+NEVER = 'phases=[{{"type":"mix_policy","off_policy_fraction":0.4,"window":2,"utd_ratio":{utd}}}]'
+ABLATIONS = {
+    "without UTD": ("phases.0.utd_ratio=1",),
+    "without KL-Convex": (FIXED,),
+    "without reincarnation": (NEVER.format(utd=4),),
+    "without all three": (NEVER.format(utd=1), FIXED),
+}
+"""Of the recipe's own ReMix with the tuned learning rate, as are the dynamics."""
+PAPER_ABLATION = ("full", "without UTD", "without KL-Convex", "without all three", "without reincarnation")
+"""From the best to the worst, by the paper's average of five benchmarks."""
+
+
+def over(label: str, key: str, own: object, *values: object) -> dict[str, tuple[str, ...]]:
+    """A setting for each value; the recipe's `own` needs no key, so that it is one run in all of them."""
+    return {f"{label}{value}": () if value == own else (f"{key}={value}",) for value in values}
+
+
+DYNAMICS = {
+    **over("p = ", "phases.0.off_policy_fraction", 0.4, 0.1, 0.2, 0.3, 0.4, 0.5),
+    **over("UTD ", "phases.0.utd_ratio", 4, 1, 2, 4, 8),
+    **over("N = ", "phases.0.window", 2, 1, 2, 3, 4),
+    **over("T = ", "phases.0.until.0.after", 12, 6, 12, 24),
+    "T never": (NEVER.format(utd=4),),
+    "T never, UTD 8": (NEVER.format(utd=8),),
+    "λ decays": (),
+    "λ = 1": (FIXED,),
+    "λ = 0.5": ("kl.lambda_schedule.start=0.5", "kl.lambda_schedule.floor=0.5"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run, named by all that decides it."""
+
+    what: str
+    recipe: str
+    keys: tuple[str, ...]
+    seed: int
+    sizes: Sizes
+
+    @property
+    def all_keys(self) -> list[str]:
+        evaluation = (f"eval.every={self.sizes.eval_every}", f"eval.prompts={self.sizes.eval_prompts}")
+        return [*CHEAP, *evaluation, f"seed={self.seed}", *final(self.keys)]
+
+    @property
+    def path(self) -> Path:
+        return RECIPES / f"{self.recipe}.yaml"
+
+    @property
+    def name(self) -> str:
+        recipe = yaml.safe_load(self.path.read_text(encoding="utf-8"))  # whose comments decide nothing
+        decides = "\n".join([json.dumps(recipe, sort_keys=True), *self.all_keys, str(self.sizes.budget)])
+        return f"{self.recipe}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
+
+
+def final(keys: Sequence[str]) -> list[str]:
+    """Of a key that occurs twice, the last; in the order of names, parents first, so that equal runs have one name."""
+    return [f"{key}={value}" for key, value in sorted(dict(key.split("=", 1) for key in keys).items())]
+
+
+def steps_of(recipe: Any, budget: int) -> int:
+    """Training steps that generate at least `budget` rollouts; the first step after a change samples a whole batch."""
+    from remix.training.schedule import first_step_rollouts, step_rollouts
+
+    rollouts = steps = 0
+    for phase in recipe.phases:
+        length = phase.until[0].after if phase.until else budget
+        for at in range(length):
+            if rollouts >= budget:
+                return steps
+            rollouts += first_step_rollouts(recipe, phase, first=not steps) if not at else step_rollouts(recipe, phase)
+            steps += 1
+    return steps
+
+
+def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
+    """In a process of its own. Whatever ends the run early is part of its result, and so is its curve until then."""
+    from remix.config import load_recipe
+    from remix.train import run
+
+    folder = out / cell.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    failed = None
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            keys = [f"run_dir={folder}", *cell.all_keys]
+            steps = steps_of(load_recipe(cell.path, keys), cell.sizes.budget)
+            run(load_recipe(cell.path, [*keys, f"steps={steps}"]), str(cell.path))
+        except Exception as error:  # one run that fails is a result, and no end of the study
+            failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.exists() else []
+    done = folder / "result.json"
+    result = page.summary(rows, json.loads(done.read_text("utf-8"))["base_pass_at_1"] if done.exists() else None)
+    if failed:
+        return result | {"failed": failed}
+    for bulky in ("checkpoints", "rollouts", "final"):
+        shutil.rmtree(folder / bulky, ignore_errors=True)
+    return result
+
+
+def end_with_parent() -> None:
+    """In a worker: nobody waits for what it writes once the study is killed, and the next one begins the cell anew."""
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+class Study:
+    """Runs of cells, several at a time; each once."""
+
+    def __init__(self, out: Path, jobs: int, summaries: Path, sizes: Sizes) -> None:
+        """`jobs`: 0 = run nothing, only read."""
+        self.out, self.jobs, self.summaries, self.sizes = out, jobs, summaries, sizes
+        self.results: dict[str, dict[str, Any]] = json.loads(summaries.read_text("utf-8")) if summaries.exists() else {}
+        """By the cell's name."""
+        self.wanted: dict[str, Cell] = {}
+
+    def cell(self, what: str, recipe: str, keys: Sequence[str], seed: int) -> Cell:
+        return Cell(what, recipe, tuple(keys), seed, self.sizes)
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        self.wanted.update({cell.name: cell for cell in cells})
+        missing = {cell.name: cell for cell in cells if "failed" in self.results.get(cell.name, {"failed": ""})}
+        if not self.jobs or not missing:
+            return
+        with ProcessPoolExecutor(self.jobs, get_context("spawn"), end_with_parent) as pool:
+            futures = {pool.submit(run_cell, cell, self.out): cell for cell in missing.values()}
+            try:
+                for number, future in enumerate(as_completed(futures), 1):
+                    cell, error = futures[future], future.exception()
+                    result = {"failed": f"its process died: {error}"} if error else future.result()
+                    self.results[cell.name] = result
+                    self.save()
+                    said = result.get("failed") or f"pass@1 {100 * result['pass@1'][-1]:.1f}"
+                    print(f"{number}/{len(missing)}  {cell.what}, seed {cell.seed}: {said}", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def save(self) -> None:
+        self.summaries.parent.mkdir(parents=True, exist_ok=True)
+        half = self.summaries.with_suffix(".half")
+        lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in sorted(self.results.items()))
+        half.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        half.replace(self.summaries)
+
+    def runs(self, cells: Sequence[Cell]) -> dict[int, dict[str, Any]]:
+        """By seed; a failed run is there with the curve that it has, if any."""
+        found = {cell.seed: self.results[cell.name] for cell in cells if cell.name in self.results}
+        return {seed: run for seed, run in found.items() if run.get("pass@1")}
+
+
+Score = Callable[[Mapping[str, Any]], tuple[float, ...]]
+
+
+def tune(study: Study, arm: Arm, task: str, score: Score) -> tuple[str, ...] | None:
+    """The arm's keys with the best of each round; None as long as a run of the tuning is missing."""
+    keys, first = (*TASKS[task], *arm.keys), True
+    for options in arm.rounds:
+        tries = [(*keys, *more) for more in options]
+        tries = tries if first else [keys, *tries]
+        first = False
+        cells = [study.cell(f"tuning {arm.recipe}, {arm.name}, {task}", arm.recipe, t, TUNING_SEED) for t in tries]
+        study.run(cells)
+        if any(cell.name not in study.results for cell in cells):
+            return None
+        found = {t: study.results[c.name] for t, c in zip(tries, cells, strict=True)}
+        whole = {t: run for t, run in found.items() if run.get("pass@1")}
+        if not whole:
+            return None
+        keys = max(whole, key=lambda t: score(whole[t]))
+    return keys
+
+
+def gain_share(base: float, reached: float, share: float) -> float:
+    return base + share * (reached - base)
+
+
+def scorer(study: Study, single: Mapping[str, Any] | None) -> Score:
+    """Rollouts to 90% of what the single-pass arm gained with the tuning seed, else what was reached."""
+    budget = study.sizes.budget
+
+    def score(run: Mapping[str, Any]) -> tuple[float, ...]:
+        reached = page.best(run, budget)
+        if single is None:
+            return (reached,)
+        target = gain_share(single["pass@1"][0], page.best(single, budget), 0.9)
+        rollouts = page.cost_to(run, target, "rollouts", budget)
+        return (0.0, reached) if rollouts is None else (1.0, -rollouts)
+
+    return score
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The arms of an algorithm on a task: their chosen keys, and their runs by seed."""
+
+    algorithm: str
+    task: str
+    chosen: Mapping[str, tuple[str, ...] | None]
+    runs: Mapping[str, Mapping[int, Mapping[str, Any]]]
+
+
+def measure(study: Study, algorithm: str, task: str) -> Measured:
+    chosen: dict[str, tuple[str, ...] | None] = {}
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    single = None
+    for arm in arms(algorithm):
+        waits = single is None and arm.name != SINGLE
+        keys = chosen[arm.name] = None if waits else tune(study, arm, task, scorer(study, single))
+        if keys is None:
+            runs[arm.name] = {}
+            continue
+        if arm.name == SINGLE:
+            single = study.results[study.cell("", arm.recipe, keys, TUNING_SEED).name]
+        what = f"{arm.recipe}, {arm.name}, {task}"
+        cells = [study.cell(what, arm.recipe, keys, seed) for seed in range(study.sizes.seeds)]
+        study.run(cells)
+        runs[arm.name] = study.runs(cells)
+    return Measured(algorithm, task, chosen, runs)
+
+
+def variants(study: Study, of: Measured, settings: Mapping[str, tuple[str, ...]], seeds: int) -> dict[str, Any]:
+    """The recipe's own ReMix at the tuned learning rate, with these keys; empty as long as that is not tuned."""
+    keys = of.chosen.get(REMIX)
+    lr = [key for key in keys or () if key.startswith("optimizer.lr=")]
+    recipe = f"remix_{of.algorithm}"
+    cells = {
+        name: [study.cell(f"{recipe}, {name}", recipe, (*TASKS[of.task], *lr, *more), seed) for seed in range(seeds)]
+        for name, more in settings.items()
+    }
+    if lr:
+        study.run([cell for of_setting in cells.values() for cell in of_setting])
+    return {name: study.runs(of_setting) if lr else {} for name, of_setting in cells.items()}
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+def write_page(study: Study, measured: Sequence[Measured], path: Path) -> None:
+    """docs/evidence.md, and the picture beside it; of what there is."""
+    sizes = study.sizes
+    first = [of for of in measured if of.task == next(iter(TASKS))]
+    sections = [page.arms_section(f"{of.algorithm.upper()}, {of.task}", of, sizes.budget) for of in measured]
+    orderings = [row for of in measured for row in page.saving_rows(f"{of.algorithm.upper()}, {of.task}", of)]
+    for of in first:
+        full = {"full": (), **ABLATIONS}
+        found = variants(study, of, full, sizes.seeds)
+        name = f"{of.algorithm.upper()}, {of.task}"
+        sections.append(page.dynamics_section(f"Ablation of ReMix-{name}", found, sizes.budget))
+        orderings += page.ablation_rows(name, found, PAPER_ABLATION, sizes.budget)
+    grpo = first[0]
+    found = variants(study, grpo, DYNAMICS, sizes.dynamics_seeds)
+    sections.append(page.dynamics_section(f"Dynamics of ReMix-GRPO, {grpo.task}", found, sizes.budget))
+    orderings += page.dynamics_rows(found, sizes.budget)
+    sections.append(page.orderings_section(orderings))
+    page.draw({f"{of.algorithm.upper()}, {of.task}": _lists(of.runs) for of in measured}, path.with_suffix(".png"))
+    wanted = {name: study.results[name] for name in study.wanted if name in study.results}
+    failures = {study.wanted[name].what: run["failed"] for name, run in wanted.items() if "failed" in run}
+    text = page.PAGE_TEXT.format(
+        budget=sizes.budget,
+        prompts=sizes.eval_prompts,
+        every=sizes.eval_every,
+        sections="\n".join(sections),
+        command="python scripts/study_efficiency.py",
+        present=len(wanted) - len(failures),
+        wanted=len(study.wanted),
+        failed=f", {len(failures)} failed" if failures else "",
+        hours=sum(run.get("took", 0.0) for run in study.results.values()) / 3600,
+        hardware=f"{os.cpu_count()} cores of {platform.machine()}, one thread a run",
+        failures="".join(f"\n* {what}: `{error.replace('`', '')}`" for what, error in failures.items()),
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _lists(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
+    return {name: [*by_seed.values()] for name, by_seed in runs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study_efficiency")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--write-only", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    study = Study(options.out.resolve(), 0 if options.write_only else options.jobs, PAGE.with_suffix(".json"), Sizes())
+    measured = [measure(study, algorithm, task) for task in TASKS for algorithm in ALGORITHMS]
+    write_page(study, measured, PAGE)
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

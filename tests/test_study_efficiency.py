@@ -1,0 +1,150 @@
+"""The study of rollouts to accuracy: what it reads off curves, how cells are named, its page, one real run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts import efficiency_page as page
+from scripts import study_efficiency as study_of
+from scripts.study_efficiency import Sizes, Study
+
+
+def run(values: list[float], **more: object) -> dict[str, object]:
+    """A curve with an evaluation every 100 rollouts, 2 updates and 5 seconds."""
+    at = range(len(values))
+    costs = {"rollouts": [100 * i for i in at], "updates": [2 * i for i in at], "seconds": [5.0 * i for i in at]}
+    rest = {"entropy": values[1:], "length": [9.0] * len(at[1:]), "careful": values[1:], "took": 36.0}
+    lag = {"ratio/mean": 1.0, "ratio/p95": 1.2, "clip_fraction": 0.1, "ess": 0.9}
+    return costs | {"pass@1": values} | rest | {"by_lag": {"0": lag, "1": lag}} | more
+
+
+LINE = run([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_costs_are_interpolated_between_evaluations() -> None:
+    assert page.smooth([0.0, 0.3, 0.3, 0.6]) == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    assert page.smooth([0.3]) == [0.3]
+    assert page.smooth([]) == []
+    assert page.cost_to(LINE, 0.25, "rollouts", 400) == pytest.approx(150)
+    assert page.cost_to(LINE, 0.25, "updates", 400) == pytest.approx(3)
+    assert page.cost_to(LINE, 0.25, "seconds", 400) == pytest.approx(7.5)
+    assert page.cost_to(LINE, 0.1, "rollouts", 400) == 0  # where the base is there already
+    assert page.cost_to(LINE, 0.51, "rollouts", 400) is None
+
+
+def test_what_is_reached_beyond_the_budget_is_not_reached() -> None:
+    assert page.cost_to(LINE, 0.35, "rollouts", 250) == pytest.approx(250)
+    assert page.cost_to(LINE, 0.36, "rollouts", 250) is None
+    assert page.best(LINE, 250) == pytest.approx(0.3)
+
+
+def test_runs_that_do_not_reach_a_target_count_as_beyond_all_others() -> None:
+    assert page.middle([300, None, 100]) == 300
+    assert page.middle([300, None, None]) is None
+    assert page.middle([]) is None
+    assert page.with_range([300, None, 100]) == "300 [100, not reached]"
+    assert page.with_range([300, 200, 100]) == "200 [100, 300]"
+    assert page.with_range([None, None]) == "not reached (0 of 2)"
+    assert page.with_range([]) == "missing"
+    assert page.ratio([100, 300, 200], [400, 400, 800]) == 0.5
+    assert page.ratio([100], [None]) is None
+
+
+def test_a_collapse_is_the_loss_of_half_of_the_gain() -> None:
+    assert page.collapse(run([0.1, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1])) == 400  # smoothed .1 .37 .5 .37 .23
+    assert page.collapse(LINE) is None
+
+
+def test_orderings_are_decided_by_two_standard_errors() -> None:
+    assert page.ordering("", [0.1, 0.12, 0.11])[1] == "yes"
+    assert page.ordering("", [-0.1, -0.12, -0.11])[1] == "no"
+    assert page.ordering("", [0.1, -0.1, 0.05])[1] == "undecided"
+    assert page.ordering("", [0.1])[1] == "missing"
+
+
+def test_the_mean_over_rollouts_ends_where_it_is_told() -> None:
+    assert page.area(LINE, 400) == pytest.approx(0.3)
+    assert page.area(LINE, 150) == pytest.approx(0.175)
+
+
+def test_a_cell_is_named_by_all_that_decides_it() -> None:
+    study = Study(Path("unused"), 0, Path("unused.json"), Sizes())
+    cell = study.cell("a", "grpo", ["optimizer.lr=1e-4", "kl.weight=0"], 0)
+    same = study.cell("b", "grpo", ["kl.weight=1", "kl.weight=0", "optimizer.lr=1e-4"], 0)
+    assert cell.name == same.name
+    others = [
+        study.cell("a", "grpo", ["optimizer.lr=1e-4", "kl.weight=0"], 1),
+        study.cell("a", "grpo", ["optimizer.lr=2e-4", "kl.weight=0"], 0),
+        study.cell("a", "ppo", ["optimizer.lr=1e-4", "kl.weight=0"], 0),
+        Study(Path("unused"), 0, Path("unused.json"), Sizes(budget=1)).cell("a", "grpo", cell.keys, 0),
+    ]
+    assert len({cell.name, *(other.name for other in others)}) == 5
+
+
+def test_arms_are_tuned_by_the_same_number_of_runs() -> None:
+    for algorithm in study_of.ALGORITHMS:
+        counts = {arm.name: sum(map(len, arm.rounds)) for arm in study_of.arms(algorithm)}
+        assert set(counts.values()) == {12}, counts
+
+
+def test_all_settings_are_recipes() -> None:
+    from remix.config import load_recipe
+
+    for algorithm in study_of.ALGORITHMS:
+        for arm in study_of.arms(algorithm):
+            for options in arm.rounds:
+                for more in options:
+                    cell = Study(Path("u"), 0, Path("u.json"), Sizes()).cell("", arm.recipe, (*arm.keys, *more), 0)
+                    load_recipe(cell.path, cell.all_keys)
+    for keys in (study_of.ABLATIONS | study_of.DYNAMICS).values():
+        cell = Study(Path("u"), 0, Path("u.json"), Sizes()).cell("", "remix_grpo", keys, 0)
+        recipe = load_recipe(cell.path, cell.all_keys)
+        assert study_of.steps_of(recipe, 512) == 1
+
+
+def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
+    study = Study(tmp_path / "runs", 0, tmp_path / "evidence.json", Sizes(budget=400))
+
+    def written() -> str:
+        measured = [study_of.measure(study, a, t) for t in study_of.TASKS for a in study_of.ALGORITHMS]
+        study_of.write_page(study, measured, tmp_path / "evidence.md")
+        return (tmp_path / "evidence.md").read_text("utf-8")
+
+    assert "The single-pass arm, which sets the targets, is missing." in written()
+    known = -1
+    while known != len(study.results):  # each choice asks for further runs
+        known = len(study.results)
+        for name, cell in study.wanted.items():
+            fast = cell.recipe.startswith("remix")
+            values = [0.1, 0.4, 0.7, 0.7, 0.7] if fast else [0.1, 0.2, 0.3, 0.4, 0.5]
+            study.results.setdefault(name, run([value + 0.001 * cell.seed % 1 for value in values]))
+        text = written()
+    assert "| missing" not in text
+    assert "is missing" not in text.split("## What the page")[0]
+    assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    row = next(line for line in text.splitlines() if "ReMix / single pass" in line)
+    assert "no ratio" not in row
+    failing = next(name for name, cell in study.wanted.items() if cell.seed == 0)
+    study.results[failing] = {"failed": "TrainingError: loss `is` not finite"}
+    assert "1 failed" in written()
+    assert "TrainingError: loss is not finite" in written()
+
+
+def test_a_real_cell_runs_once_and_a_failing_one_is_reported(tmp_path: Path) -> None:
+    kept = tmp_path / "evidence.json"
+    study = Study(tmp_path / "runs", 1, kept, Sizes(budget=60, eval_every=1, eval_prompts=8))
+    small = ("batch.prompts=4", "rollout.engine.batch_size=32", "phases.0.until.0.after=2", "phases.0.utd_ratio=1")
+    good = study.cell("good", "remix_grpo", small, 0)
+    bad = study.cell("bad", "remix_grpo", (*small, "model.path=./nowhere"), 0)
+    study.run([good, bad])
+    found = json.loads(kept.read_text("utf-8"))
+    assert found[good.name]["rollouts"] == [0, 32, 48, 80]  # 4 x 8, 2 x 8 beside what is replayed, 4 x 8
+    assert found[good.name]["updates"] == [0, 2, 4, 6]
+    assert len(found[good.name]["length"]) == 3
+    assert "failed" not in found[good.name]
+    assert found[bad.name]["failed"]
+    log = tmp_path / "runs" / good.name / "log.txt"
+    log.unlink()
+    Study(tmp_path / "runs", 1, kept, study.sizes).run([good])
+    assert not log.exists()  # it was not run again
