@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
         """`never`: tokens without a probability."""
         self.sampling = sampling
         self.never = list(never)
-        draws = [np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens) for seed in seeds]
+        # One more, for a response that has all its tokens and is still in a batch.
+        draws = [np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens + 1) for seed in seeds]
         self.uniforms_BR = torch.from_numpy(np.stack(draws)).to(device)
         self.logprobs: list[Tensor] = []
 
@@ -48,8 +50,8 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
         self.logprobs.append(logprobs_B)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen_B[:, None], 0.0)
 
-    def draw(self, logits_BV: Tensor, rows: Tensor | slice, step: int) -> tuple[Tensor, Tensor]:
-        """The next token and its log-prob of the sequences in these rows, which have `step` tokens."""
+    def draw(self, logits_BV: Tensor, rows: Tensor | slice, length: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The next token and its log-prob of the sequences in these rows, which have so many tokens."""
         if self.never:
             logits_BV[:, self.never] = -torch.inf
         # Greedy log-probs are those at temperature 1: at 0 they would all be 0.
@@ -59,7 +61,7 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]
         else:
             # In float64: over a large vocabulary a float32 sum is off by more than the rarest tokens weigh.
             cumulative_BV = self._truncated(logprobs_BV).double().exp_().cumsum(-1)
-            threshold_B1 = self.uniforms_BR[rows, step, None] * cumulative_BV[:, -1:]
+            threshold_B1 = self.uniforms_BR[rows, length, None] * cumulative_BV[:, -1:]
             chosen_B = torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
             chosen_B = chosen_B.clamp(max=logits_BV.shape[-1] - 1)
         return chosen_B, logprobs_BV.gather(-1, chosen_B[:, None]).squeeze(-1)
@@ -107,18 +109,18 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        completions: dict[int, Completion] = {}
-        by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        if not requests:
+            return []
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        by_length = [requests[i] for i in order]
         training = self.lm.training
         self.lm.eval()
         try:
-            for start in range(0, len(by_length), self.batch_size):
-                indices = by_length[start : start + self.batch_size]
-                batch = self._generate([requests[i] for i in indices], sampling)
-                completions.update(zip(indices, batch, strict=True))
+            with self.autocast():
+                completions = self._completions(by_length, sampling)
         finally:
             self.lm.train(training)
-        return [completions[i] for i in range(len(requests))]
+        return [completions[place] for place in np.argsort(order)]
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Nothing to do: the module is the trainer's own."""
@@ -126,12 +128,15 @@ class HFEngine:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def _completions(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         longest = max(len(request.prompt_ids) for request in requests) + sampling.max_tokens
-        with self.autocast():
-            rows = self._decoded if self._decodes(requests, longest) else self._generated
-            tokens_BR, logprobs_BR = rows(requests, sampling)
-        return [self._completion(*row) for row in zip(tokens_BR.cpu(), logprobs_BR.cpu(), strict=True)]
+        if self._decodes(requests, longest):
+            batches = [self._decoded(requests, sampling)]
+        else:
+            parts = [requests[at : at + self.batch_size] for at in range(0, len(requests), self.batch_size)]
+            batches = [self._generated(part, sampling) for part in parts]
+        rows = (zip(tokens_BR.cpu(), logprobs_BR.cpu(), strict=True) for tokens_BR, logprobs_BR in batches)
+        return [self._completion(*row) for row in chain.from_iterable(rows)]
 
     def _decoded(self, requests: Sequence[Request], sampling: Sampling) -> tuple[Tensor, Tensor]:
         sampler = SeededSampler([request.seed for request in requests], sampling, self.device, self.never)
@@ -140,6 +145,7 @@ class HFEngine:
             self._base,
             requests,
             sampler.draw,
+            batch_size=self.batch_size,
             max_tokens=sampling.max_tokens,
             ends=ends,
             pad=self.pad_id,

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
 from remix.models import packing
+from remix.types import Request
 
 ROOM = 64
 """Tokens that a row's own part grows by when it is full."""
@@ -59,6 +61,21 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         super().batch_select_indices(indices)
         self._room = ()
 
+    def forget(self, tokens: int) -> None:
+        """The first ones of every row."""
+        self.keys, self.values = self.keys[..., tokens:, :], self.values[..., tokens:, :]
+        self._room = ()
+
+    def join(self, keys: Tensor, values: Tensor) -> None:
+        """Further rows."""
+        if self.is_initialized:
+            keys, values = _together(self.keys, keys), _together(self.values, values)
+        elif keys.shape[-2]:
+            self.lazy_initialization(keys, values)
+        else:
+            return  # of this width anything goes
+        self.keys, self.values, self._room = keys, values, ()
+
 
 @dataclass(slots=True)
 class Shared:
@@ -68,55 +85,100 @@ class Shared:
     """[F, h, P, D], keys and values."""
     bias: Tensor
     """[F, 1, 1, P], -inf at padding, else 0."""
+    prompt_of: Tensor
+    """[B], of each row."""
     rows: Tensor
     """[F, M], of each prompt; row 0 again where it has fewer."""
     places: Tensor
     """[B], where each row is in `rows`, counted through it."""
 
+    @classmethod
+    def of(cls, layers: list[tuple[Tensor, Tensor]], bias: Tensor, prompt_of_B: Tensor) -> Shared:
+        return cls(layers, bias, prompt_of_B, *_table(prompt_of_B, len(bias)))
+
+    def kept(self, rows: Tensor) -> Shared:
+        """What these rows go on from."""
+        left, prompt_of_B = self.prompt_of[rows].unique(return_inverse=True)
+        layers, bias = self.layers, self.bias
+        if len(left) < len(bias):
+            layers, bias = [(keys[left], values[left]) for keys, values in layers], bias[left]
+        return Shared.of(layers, bias, prompt_of_B)
+
+    def joined_by(self, others: Shared) -> Shared:
+        pairs = zip(self.layers, others.layers, strict=True)
+        layers = [(_together(keys, new_keys), _together(values, new_values))
+                  for (keys, values), (new_keys, new_values) in pairs]  # fmt: skip
+        bias = _together(self.bias.mT, others.bias.mT, -torch.inf).mT
+        return Shared.of(layers, bias, torch.cat([self.prompt_of, others.prompt_of + len(self.bias)]))
+
 
 class Decoding(Cache):  # type: ignore[misc]
     """What a batch of responses keeps between tokens."""
 
-    def __init__(self, prompts: Cache, mask_FP: Tensor, prompt_of_B: Tensor) -> None:
-        """`prompts`: their keys and values, padded on the left, which are taken over; `prompt_of_B`: of each row."""
-        super().__init__(layers=[RoomyLayer() for _ in prompts.layers])
-        self._prompt_of_B = prompt_of_B
+    layers: list[RoomyLayer]
+
+    def __init__(self, *, shared: bool) -> None:
+        """`shared`: prompts are kept once for all rows that go on from them, not by each row."""
+        super().__init__(layer_class_to_replicate=RoomyLayer)
+        self._shares = shared
         self.shared: Shared | None = None
         self.bias: Tensor | None = None
         """[B, 1, 1, room], -inf at padding of what a row keeps itself; None = there is none."""
         self.caps = True
         """Whether scores are capped where the model has a cap, which its own attention may pass over."""
+
+    def join(self, prompts: Cache, mask_FP: Tensor, prompt_of_B: Tensor) -> None:
+        """Further rows. `prompts`: their keys and values, padded on the left, which are taken over; `prompt_of_B`: of
+        each row."""
         kept = [(layer.keys, layer.values) for layer in prompts.layers]
-        bias_FP = torch.zeros(mask_FP.shape, device=mask_FP.device).masked_fill_(mask_FP == 0, -torch.inf)
-        if mask_FP.shape[1] >= SHARED and len(prompt_of_B) > len(mask_FP):
-            self.shared = Shared(kept, bias_FP[:, None, None], *_table(prompt_of_B, len(mask_FP)))
-            return
+        bias = torch.zeros(mask_FP.shape, device=mask_FP.device).masked_fill_(mask_FP == 0, -torch.inf)[:, None, None]
+        if self._shares:
+            others = Shared.of(kept, bias, prompt_of_B)
+            self.shared = others if self.shared is None else self.shared.joined_by(others)
+            kept, bias = [(keys[..., :0, :], values[..., :0, :]) for keys, values in kept], bias[..., :0]
+        bias = bias[prompt_of_B]
+        if self.layers:
+            width = self.get_seq_length()
+            rows = len(self.layers[0].keys)
+            held = self.padding(width)
+            held = bias.new_zeros(rows, 1, 1, width) if held is None else held
+            bias = _together(held.mT, bias.mT, -torch.inf).mT
+        else:
+            self.layers = [RoomyLayer() for _ in kept]
+        self.bias = None if (bias == 0).all() else bias
         for layer, (keys, values) in zip(self.layers, kept, strict=True):
-            layer.update(keys[prompt_of_B], values[prompt_of_B])
-        if not mask_FP.all():
-            self.bias = bias_FP[prompt_of_B, None, None]
+            layer.join(keys[prompt_of_B], values[prompt_of_B])
 
     def keep(self, rows: Tensor) -> None:
         """Of the rows these alone, in this order."""
+        if not len(rows):
+            self.layers, self.shared, self.bias = [], None, None
+            return
         for layer in self.layers:
             layer.batch_select_indices(rows)
+        if self.shared is not None:
+            self.shared = self.shared.kept(rows)
         if self.bias is not None:
             self.bias = self.bias[rows]
-        self._prompt_of_B = self._prompt_of_B[rows]
-        if self.shared is not None:
-            left, self._prompt_of_B = self._prompt_of_B.unique(return_inverse=True)
-            layers, bias = self.shared.layers, self.shared.bias
-            if len(left) < len(bias):
-                layers, bias = [(keys[left], values[left]) for keys, values in layers], bias[left]
-            self.shared = Shared(layers, bias, *_table(self._prompt_of_B, len(left)))
+            of_none = int((self.bias == 0).any(0).flatten().int().argmax())
+            if of_none:  # columns on the left that are padding of every row
+                self.bias = self.bias[..., of_none:]
+                for layer in self.layers:
+                    layer.forget(of_none)
 
     def padding(self, width: int) -> Tensor | None:
         """[B, 1, 1, width], to be added to the scores of what the rows keep themselves."""
         if self.bias is None:
             return None
         if self.bias.shape[-1] < width:
-            self.bias = torch.nn.functional.pad(self.bias, (0, width + ROOM - self.bias.shape[-1]))
+            self.bias = pad(self.bias, (0, width + ROOM - self.bias.shape[-1]))
         return self.bias[..., :width]
+
+
+def _together(one: Tensor, other: Tensor, padding: float = 0.0) -> Tensor:
+    """The rows of both, [B, h, T, D], which are filled up on the left to the T of the longer."""
+    width = max(one.shape[-2], other.shape[-2])
+    return torch.cat([pad(rows, (0, 0, width - rows.shape[-2], 0), value=padding) for rows in (one, other)])
 
 
 def _table(prompt_of_B: Tensor, prompts: int) -> tuple[Tensor, Tensor]:
@@ -214,6 +276,12 @@ def keeps_keys_and_values(lm: Any, longest: int) -> bool:
     reach = packing.attention_reach(lm)
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return bool(layers) and plain and (reach is None or longest <= reach)
+
+
+def worth_sharing(requests: Sequence[Request]) -> bool:
+    """Whether prompts are kept once for all of their responses."""
+    prompts = {(request.prompt_ids, request.images) for request in requests}
+    return len(prompts) < len(requests) and max(len(ids) for ids, _ in prompts) >= SHARED
 
 
 def prompt_cache() -> Cache:

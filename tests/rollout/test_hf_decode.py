@@ -106,13 +106,43 @@ def test_responses_that_end_leave_the_others_as_they_are() -> None:
             assert len(set(lengths)) > 3
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, LONG_PROMPTS], ids=["short", "shared"])
+def test_those_that_wait_take_the_places_of_those_that_have_ended(
+    prompts: Sequence[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more in work than may be, nearly always as many, and each as if it were alone."""
+    engine = engine_of(FAMILIES["qwen2"], eos=range(1, 6))
+    asked = [Request(prompt, 60 + i) for i, prompt in enumerate(prompts * 12)]
+    engine.generate(asked[:2], Sampling(4))  # tries the model
+    in_work, forward = list[int](), engine.lm.forward
+
+    def watched(*arguments: Any, **inputs: Any) -> Any:
+        if "decoding" in inputs:
+            in_work.append(len(inputs["input_ids"]))
+        return forward(*arguments, **inputs)
+
+    monkeypatch.setattr(engine.lm, "forward", watched)
+    together = engine.generate(asked, Sampling(30, temperature=3.0))
+    alone = [engine.generate([request], Sampling(30, temperature=3.0))[0] for request in asked]
+    for one, other in zip(together, alone, strict=True):
+        assert one.response_ids.tolist() == other.response_ids.tolist()
+        torch.testing.assert_close(one.sampler_logprobs, other.sampler_logprobs, atol=2e-5, rtol=0)
+    batches = in_work[: -sum(len(response.response_ids) - 1 for response in alone)]
+    lengths = [len(response.response_ids) for response in together]
+    assert max(batches) == engine.batch_size
+    # 60 responses, 8 at a time, take as many steps as there are tokens by 8, and at the end those of the last ones.
+    assert len(batches) < sum(lengths) / 8 + max(lengths)
+    one_after_the_other = sum(max(lengths[at : at + 8]) for at in range(0, 60, 8))
+    assert len(batches) < 0.75 * one_after_the_other
+
+
 def test_a_prompt_is_kept_once_and_read_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """What long prompts take does not grow with the group."""
     kept = list[Any]()
 
     class Watched(hf_decode.Decoding):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
             kept.append(self)
 
     monkeypatch.setattr(hf_decode, "Decoding", Watched)
