@@ -28,7 +28,8 @@ REMIX: dict[str, Any] = {
     "optimizer": {"eps": 1e-3},  # so that rounding stays rounding
     "checkpoint": {"every": HALF},
 }
-PPO = REMIX | {"advantage": GAE}
+# Of a seed none of whose draws lies so near the border between two tokens that rounding decides it.
+PPO = REMIX | {"advantage": GAE, "seed": 3}
 LORA = REMIX | {"adapter": {"type": "lora", "rank": 4, "alpha": 8}, "reincarnation": {"lora": "merge"}}
 FAULTY = ("tests.faults.plant", "nan_losses=2", "--")
 
