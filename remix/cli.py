@@ -116,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_command(commands)
     add_schema(commands)
     for command in (plan, train):
-        command.add_argument(
-            "words", nargs="*", metavar=WORDS, help="a recipe, and overrides such as optimizer.lr=1e-5"
-        )
+        command.add_argument("words", nargs="*", metavar=WORDS, help="a recipe, and overrides like optimizer.lr=1e-5")
     return parser
 
 
