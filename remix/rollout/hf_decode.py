@@ -96,7 +96,7 @@ def decode(
             state.keep(kept)
             work, tokens_B = work.kept(kept), tokens_B[kept]
         logits_BV = _next(lm, state, tokens_B, work.position) if len(tokens_B) else logits_BV[:0]
-        work.position.add_(1)
+        work.position.add_(~work.ended)  # a model may have no position beyond
         if begun < len(requests) and len(tokens_B) < batch_size:
             others, theirs_BV = begin(begun, batch_size - len(tokens_B))
             work, logits_BV = work.joined_by(others), torch.cat([logits_BV, theirs_BV])

@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GenerationConfig,
+    GPT2Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -134,6 +135,16 @@ def test_those_that_wait_take_the_places_of_those_that_have_ended(
     assert len(batches) < sum(lengths) / 8 + max(lengths)
     one_after_the_other = sum(max(lengths[at : at + 8]) for at in range(0, 60, 8))
     assert len(batches) < 0.75 * one_after_the_other
+
+
+def test_a_response_that_has_all_its_tokens_asks_for_no_further_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays in work beside others for a while, and learned positions end where the longest sequence does."""
+    monkeypatch.setattr(hf_decode, "LEAVE", 2)
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=18, initializer_range=0.4)
+    engine = engine_of(config, eos=range(1, 5))
+    asked = [Request((3, 4, 5, 6, 7, 8), 20 + i) for i in range(60)]
+    lengths = check(engine, asked, Sampling(12, temperature=3.0))
+    assert lengths.count(12) > 3
 
 
 def test_a_prompt_is_kept_once_and_read_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
