@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -143,9 +144,14 @@ class Cell:
 
     @property
     def name(self) -> str:
-        recipe = yaml.safe_load(self.path.read_text(encoding="utf-8"))  # whose comments decide nothing
-        decides = "\n".join([json.dumps(recipe, sort_keys=True), *self.all_keys, str(self.sizes.budget)])
+        decides = "\n".join([science(self.path), *self.all_keys, str(self.sizes.budget)])
         return f"{self.recipe}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
+
+
+@cache
+def science(path: Path) -> str:
+    """What a recipe says; its comments decide nothing."""
+    return json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), sort_keys=True)
 
 
 def final(keys: Sequence[str]) -> list[str]:
