@@ -29,7 +29,7 @@ def real_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: other tests count the processes that they leave behind
 def browser() -> Iterator[Any]:
     """Chromium as the system has it; `apt-get install chromium`."""
     binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -118,13 +118,11 @@ def test_the_switch_draws_against_rollouts(show: Any) -> None:
 
 def test_a_point_says_its_numbers(show: Any) -> None:
     shown = show("several")
-    tooltip = shown.page.locator("#vg-tooltip-element.visible")
-    for nudge in range(PATIENCE // 500):  # a chart that is drawn again meanwhile has not seen where the mouse is
-        box = shown.page.locator("#chart-reward svg").bounding_box(timeout=PATIENCE)
-        shown.page.mouse.move(box["x"] + box["width"] / 2 + nudge % 2, box["y"] + box["height"] / 2)
-        if tooltip.is_visible():
-            break
-        shown.page.wait_for_timeout(500)
+    chart = shown.page.locator("#chart-reward svg")
+    chart.scroll_into_view_if_needed(timeout=PATIENCE)  # how far down it is goes by the length of the runs' names
+    box = chart.bounding_box(timeout=PATIENCE)
+    shown.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    shown.page.locator("#vg-tooltip-element.visible").wait_for(timeout=PATIENCE)
     rows = "[...document.querySelectorAll('#vg-tooltip-element tr')]"
     said = dict(shown.look(f"{rows}.map(row => [...row.children].map(cell => cell.textContent))"))
     assert list(said) == ["curve", "value", "from", "to", "after step", "rollouts"]
