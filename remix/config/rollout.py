@@ -31,7 +31,7 @@ class VLLMEngineConfig(Block):
     own_process: bool = False
     """Run it in a child process of each rank. Should that die or hang it is started again and asked the same again,
     and the run computes what it would have computed."""
-    timeout: PositiveFloat = 1800.0
+    timeout: PositiveFloat = 1200.0
     """Seconds that one call to an engine in its own process may take before it counts as hung."""
     restarts: NonNegativeInt = 3
     """How often a run starts an engine in its own process again."""

@@ -79,7 +79,7 @@ class FaultConfig(Block):
     """Optimiser steps in a row that are skipped because loss or gradient is not finite; one more ends the run."""
     unscored: Fraction = 0.5
     """Share of a step's responses that the rewards may fail to score; a larger one ends the run."""
-    rank_timeout: PositiveFloat = 900.0
+    rank_timeout: PositiveFloat = 1800.0
     """Seconds that processes wait for one that does not come. What the slowest does alone has to fit in, the saving
     of a checkpoint by the first included."""
     grace: PositiveFloat = 25.0

@@ -70,7 +70,7 @@ class Cluster:
     """The processes of a run. Every rank holds the same samples, prompts and decisions; work is dealt out by rank."""
 
     def __init__(
-        self, trackers: Sequence[str] = (), project_dir: Path | None = None, *, rank_timeout: float = 900.0
+        self, trackers: Sequence[str] = (), project_dir: Path | None = None, *, rank_timeout: float = 1800.0
     ) -> None:
         """`project_dir`: where trackers write that write files. `rank_timeout`: seconds that ranks wait for one that
         does not come."""
