@@ -20,14 +20,14 @@ SHARES = (0.5, 0.75, 0.9, 1.0)
 PAGE_TEXT = """# Rollouts to accuracy
 
 ReMix ([arXiv 2507.06892](https://arxiv.org/abs/2507.06892)) against on-policy GRPO and PPO on the embedded arithmetic
-tasks, every arm with the same budget of {budget:,} rollouts. pass@1 is sampled, on {prompts} held-out problems every
-{every} steps. An evaluation counts as the mean of itself and its two neighbours, the first and the last by themselves;
-between evaluations curves are straight lines. The on-policy gain is what the tuned single-pass arm gains over the base
-within the budget: its best evaluation, averaged over seeds. Costs are the median over seeds and, in brackets, the
-range; a run that does not reach a target counts as beyond all that do (`not reached`). Seconds leave evaluation out.
-Each arm is tuned by the same number of runs on a seed that is not measured: by rollouts to 90% of the gain, else by
-what was reached; the single-pass arm, which sets the gain, by what was reached. Accuracies are in percent, mean ±
-standard deviation over seeds.
+tasks, every arm with the same budget of {budget:,} rollouts. pass@1 is sampled, on {prompts} held-out problems about
+every {every:,} rollouts. An evaluation counts as the mean of itself and its two neighbours, the first and the last by
+themselves; between evaluations curves are straight lines. The on-policy gain is what the tuned single-pass arm gains
+over the base within the budget: its best evaluation, averaged over seeds. Costs are the median over seeds and, in
+brackets, the range; a run that does not reach a target, or that failed, counts as beyond all that do (`not reached`).
+Seconds leave evaluation out. Each arm is tuned by the same number of runs on sums of {first} and a seed that is not
+measured: by rollouts to 90% of the gain, else by what was reached; the single-pass arm, which sets the gain, by what
+was reached. Accuracies are in percent, mean ± standard deviation over the seeds that did not fail.
 
 ![pass@1 against rollouts](evidence.png)
 
@@ -80,6 +80,11 @@ def smooth(values: Sequence[float]) -> list[float]:
     ends as they are."""
     inner = [fmean(values[at - 1 : at + 2]) for at in range(1, len(values) - 1)]
     return [*values[:1], *inner, *values[1:][-1:]]
+
+
+def finished(runs: Iterable[Run]) -> list[Run]:
+    """Those that have a curve: all but failed ones."""
+    return [run for run in runs if run["pass@1"]]
 
 
 def within(run: Run, budget: float) -> int:
@@ -155,7 +160,7 @@ def ratio(of: Sequence[float | None], to: Sequence[float | None]) -> float | Non
 def verdict(value: float | None, bar: float, aim: float) -> list[str]:
     if value is None:
         return ["no ratio", "no", "no"]
-    return [f"{value:.2f}", *("yes" if value <= most else "no" for most in (bar, aim))]
+    return [f"{value:.3f}", *("yes" if value <= most else "no" for most in (bar, aim))]
 
 
 def ordering(statement: str, differences: Sequence[float]) -> list[str]:
@@ -173,6 +178,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def dynamics_row(name: str, runs: Sequence[Run], budget: float) -> list[str]:
     """Accuracy, how the policy changes, and what becomes of ratios at lags 0, 1 and the oldest that occurs."""
+    runs = finished(runs)
     if not runs:
         return [name, "0", *["missing"] * 9]
     collapsed = [collapse(run) for run in runs]
@@ -221,7 +227,7 @@ def arms_section(title: str, of: HasArms, budget: float) -> str:
         [name, "missing" if keys is None else " ".join(f"`{key}`" for key in keys)] for name, keys in of.chosen.items()
     ]
     chosen = "\n\nSettings beside the recipe's:\n\n" + table(["arm", "keys"], settings) + "\n"
-    single = [*of.runs["single pass"].values()]
+    single = finished(of.runs["single pass"].values())
     if not single:
         return head + "The single-pass arm, which sets the targets, is missing." + chosen
     base, top = fmean(run["pass@1"][0] for run in single), fmean(best(run, budget) for run in single)
@@ -242,10 +248,10 @@ def arms_section(title: str, of: HasArms, budget: float) -> str:
                 if name not in ("single pass", "best passes"):
                     row = verdict(ratio(rollouts[name], rollouts[other]), bar, aim)
                     compared.append(
-                        [shown, f"{name} / {other}", row[0], f"{bar:.2f}: {row[1]}", f"{aim:.2f}: {row[2]}"]
+                        [shown, f"{name} / {other}", row[0], f"{bar:.3f}: {row[1]}", f"{aim:.3f}: {row[2]}"]
                     )
     reached = [
-        [name, str(len(runs)), *(percent([of(run, budget) for run in runs.values()]) for of in (best, last))]
+        [name, str(len(runs)), *(percent([of(run, budget) for run in finished(runs.values())]) for of in (best, last))]
         for name, runs in of.runs.items()
     ]
     parts = [
@@ -258,25 +264,27 @@ def arms_section(title: str, of: HasArms, budget: float) -> str:
     return head + "\n\n".join(parts) + chosen
 
 
-def dynamics_section(title: str, found: Arms, budget: float) -> str:
+def dynamics_section(title: str, found: Arms, budget: float, picture: str | None = None) -> str:
     rows = [dynamics_row(name, [*runs.values()], budget) for name, runs in found.items()]
     note = (
         "Ratios are to the policy that sampled, clip fraction and ESS as trained on, each a mean over the run's steps."
     )
-    return f"## {title}\n\n{note}\n\n{table(DYNAMICS_HEAD, rows)}\n"
+    shown = f"![pass@1 against rollouts]({picture})\n\n" if picture else ""
+    return f"## {title}\n\n{shown}{note}\n\n{table(DYNAMICS_HEAD, rows)}\n"
 
 
 def paired(a: Mapping[int, Run], b: Mapping[int, Run], of: Callable[[Run], float]) -> list[float]:
-    """of(a) - of(b), over the seeds of both."""
-    return [of(a[seed]) - of(b[seed]) for seed in sorted(a.keys() & b.keys())]
+    """of(a) - of(b), over the seeds that both finished."""
+    whole = (seed for seed in sorted(a.keys() & b.keys()) if finished([a[seed]]) and finished([b[seed]]))
+    return [of(a[seed]) - of(b[seed]) for seed in whole]
 
 
 def saving_rows(name: str, of: HasArms) -> list[list[str]]:
     """By the area under the curve up to the rollouts that both have: it is there where a target is not reached."""
     remix, single = of.runs["ReMix"], of.runs["single pass"]
-    ends = [run["rollouts"][-1] for runs in (remix, single) for run in runs.values()]
+    ends = [run["rollouts"][-1] for runs in (remix, single) for run in finished(runs.values())]
     until = min(ends, default=0)
-    said = f"{name}: ReMix learns in fewer rollouts than single-pass on-policy (mean pass@1 over the budget)"
+    said = f"{name}: ReMix has a higher mean pass@1 over the budget than single-pass on-policy"
     return [ordering(said, paired(remix, single, lambda run: area(run, until)))]
 
 
@@ -328,7 +336,8 @@ def draw(panels: Mapping[str, Mapping[str, Sequence[Run]]], path: Path) -> None:
     figure = Figure(figsize=(10.5, 4.0 * ((len(panels) + 1) // 2)), dpi=130, layout="constrained")
     grid = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False)
     for axes, (title, arms) in zip(grid.flat, panels.items(), strict=False):
-        for number, (name, runs) in enumerate(arms.items()):
+        for number, (name, found) in enumerate(arms.items()):
+            runs = finished(found)
             if not runs:
                 continue
             length = min(len(run["pass@1"]) for run in runs)

@@ -19,8 +19,8 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -31,96 +31,38 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import efficiency_page as page
+from scripts.efficiency_arms import (
+    ABLATIONS,
+    ALGORITHMS,
+    DYNAMICS,
+    DYNAMICS_PANELS,
+    FIRST,
+    PAPER_ABLATION,
+    REMIX,
+    SINGLE,
+    TASKS,
+    Arm,
+    arms,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes" / "embedded"
 PAGE = ROOT / "docs" / "evidence.md"
-ALGORITHMS = ("grpo", "ppo")
-TASKS = {"3 to 5 terms": (), "4 to 6 terms": ("tasks.0.min_terms=4", "tasks.0.max_terms=6")}
-"""The base solves about 27% and 19% of them. The first is what ablation and dynamics are of."""
 TUNING_SEED = 1000
 CHEAP = ("log.trackers=[]", "log.completions_every=0", "checkpoint.every=0", "checkpoint.best=null")
-LRS = ("3.5e-5", "7.0e-5", "1.4e-4", "2.8e-4")
-SINGLE, PASSES, REMIX = "single pass", "best passes", "ReMix"
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How much is measured."""
 
-    budget: int = 20480
+    budget: int = 12288
     """Rollouts of every run; the last step may go beyond."""
     seeds: int = 5
     dynamics_seeds: int = 3
-    eval_every: int = 2
+    eval_rollouts: int = 1024
+    """From one evaluation to the next, about: a whole number of steps."""
     eval_prompts: int = 512
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to train; `rounds` of settings to choose from, each given what the rounds before chose."""
-
-    name: str
-    recipe: str
-    keys: tuple[str, ...] = ()
-    rounds: tuple[tuple[tuple[str, ...], ...], ...] = field(default=(), hash=False)
-
-
-def each(key: str, *values: object) -> tuple[tuple[str, ...], ...]:
-    return tuple((f"{key}={value}",) for value in values)
-
-
-def arms(algorithm: str) -> list[Arm]:
-    """Twelve tuning runs each. Further arms go to the end: a name, a recipe, keys."""
-    group = 8 if algorithm == "grpo" else 1
-    prompts = [responses // group for responses in (256, 1024)]
-    minibatches = each("batch.minibatches", 1, 4, 8)
-    utd, mix = "phases.0.utd_ratio", "phases.0"
-    of_single = (each("batch.prompts", 128 // group, *prompts), minibatches, each("kl.weight", 0, "1.0e-2"))
-    of_passes = (each(utd, 2, 6, 8), each("batch.prompts", *prompts), minibatches)
-    of_remix = (
-        each(utd, 2, 6, 8),
-        each(f"{mix}.off_policy_fraction", 0.2, 0.5),
-        each(f"{mix}.window", 1),
-        each(f"{mix}.until.0.after", 6, 24),
-    )
-    lrs = each("optimizer.lr", *LRS)
-    return [
-        Arm(SINGLE, algorithm, rounds=(lrs, *of_single)),
-        Arm(PASSES, algorithm, (f"{utd}=4",), rounds=(lrs, *of_passes)),
-        Arm(REMIX, f"remix_{algorithm}", rounds=(lrs, *of_remix)),
-    ]
-
-
-FIXED = "kl.lambda_schedule=null"
-NEVER = 'phases=[{{"type":"mix_policy","off_policy_fraction":0.4,"window":2,"utd_ratio":{utd}}}]'
-ABLATIONS = {
-    "without UTD": ("phases.0.utd_ratio=1",),
-    "without KL-Convex": (FIXED,),
-    "without reincarnation": (NEVER.format(utd=4),),
-    "without all three": (NEVER.format(utd=1), FIXED),
-}
-"""Of the recipe's own ReMix with the tuned learning rate, as are the dynamics."""
-PAPER_ABLATION = ("full", "without UTD", "without KL-Convex", "without all three", "without reincarnation")
-"""From the best to the worst, by the paper's average of five benchmarks."""
-
-
-def over(label: str, key: str, own: object, *values: object) -> dict[str, tuple[str, ...]]:
-    """A setting for each value; the recipe's `own` needs no key, so that it is one run in all of them."""
-    return {f"{label}{value}": () if value == own else (f"{key}={value}",) for value in values}
-
-
-DYNAMICS = {
-    **over("p = ", "phases.0.off_policy_fraction", 0.4, 0.1, 0.2, 0.3, 0.4, 0.5),
-    **over("UTD ", "phases.0.utd_ratio", 4, 1, 2, 4, 8),
-    **over("N = ", "phases.0.window", 2, 1, 2, 3, 4),
-    **over("T = ", "phases.0.until.0.after", 12, 6, 12, 24),
-    "T never": (NEVER.format(utd=4),),
-    "T never, UTD 8": (NEVER.format(utd=8),),
-    "λ decays": (),
-    "λ = 1": (FIXED,),
-    "λ = 0.5": ("kl.lambda_schedule.start=0.5", "kl.lambda_schedule.floor=0.5"),
-}
 
 
 @dataclass(frozen=True)
@@ -135,8 +77,7 @@ class Cell:
 
     @property
     def all_keys(self) -> list[str]:
-        evaluation = (f"eval.every={self.sizes.eval_every}", f"eval.prompts={self.sizes.eval_prompts}")
-        return [*CHEAP, *evaluation, f"seed={self.seed}", *final(self.keys)]
+        return [*CHEAP, f"eval.prompts={self.sizes.eval_prompts}", f"seed={self.seed}", *final(self.keys)]
 
     @property
     def path(self) -> Path:
@@ -144,7 +85,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        decides = "\n".join([science(self.path), *self.all_keys, str(self.sizes.budget)])
+        amounts = map(str, (self.sizes.budget, self.sizes.eval_rollouts))
+        decides = "\n".join([science(self.path), *self.all_keys, *amounts])
         return f"{self.recipe}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
 
 
@@ -175,32 +117,32 @@ def steps_of(recipe: Any, budget: int) -> int:
 
 
 def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
-    """In a process of its own. Whatever ends the run early is part of its result, and so is its curve until then."""
+    """In a process of its own. An error that ends the run is its result: it has no curve then, and reaches nothing."""
     from remix.config import load_recipe
     from remix.train import run
 
     folder = out / cell.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    failed = None
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
             keys = [f"run_dir={folder}", *cell.all_keys]
             steps = steps_of(load_recipe(cell.path, keys), cell.sizes.budget)
-            run(load_recipe(cell.path, [*keys, f"steps={steps}"]), str(cell.path))
+            every = max(1, round(steps * cell.sizes.eval_rollouts / cell.sizes.budget))
+            run(load_recipe(cell.path, [*keys, f"steps={steps}", f"eval.every={every}"]), str(cell.path))
         except Exception as error:  # one run that fails is a result, and no end of the study
-            failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    metrics = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.exists() else []
-    done = folder / "result.json"
-    result = page.summary(rows, json.loads(done.read_text("utf-8"))["base_pass_at_1"] if done.exists() else None)
-    if failed:
-        return result | {"failed": failed}
+            return failure(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    result = page.summary(rows, json.loads((folder / "result.json").read_text("utf-8"))["base_pass_at_1"])
     for bulky in ("checkpoints", "rollouts", "final"):
         shutil.rmtree(folder / bulky, ignore_errors=True)
     return result
+
+
+def failure(why: str) -> dict[str, Any]:
+    return page.summary([], None) | {"failed": why}
 
 
 def end_with_parent() -> None:
@@ -233,7 +175,7 @@ class Study:
             try:
                 for number, future in enumerate(as_completed(futures), 1):
                     cell, error = futures[future], future.exception()
-                    result = {"failed": f"its process died: {error}"} if error else future.result()
+                    result = failure(f"its process died: {error}") if error else future.result()
                     self.results[cell.name] = result
                     self.save()
                     said = result.get("failed") or f"pass@1 {100 * result['pass@1'][-1]:.1f}"
@@ -250,27 +192,26 @@ class Study:
         half.replace(self.summaries)
 
     def runs(self, cells: Sequence[Cell]) -> dict[int, dict[str, Any]]:
-        """By seed; a failed run is there with the curve that it has, if any."""
-        found = {cell.seed: self.results[cell.name] for cell in cells if cell.name in self.results}
-        return {seed: run for seed, run in found.items() if run.get("pass@1")}
+        """By seed; a failed run is there without a curve."""
+        return {cell.seed: self.results[cell.name] for cell in cells if cell.name in self.results}
 
 
 Score = Callable[[Mapping[str, Any]], tuple[float, ...]]
 
 
-def tune(study: Study, arm: Arm, task: str, score: Score) -> tuple[str, ...] | None:
+def tune(study: Study, arm: Arm, score: Score) -> tuple[str, ...] | None:
     """The arm's keys with the best of each round; None as long as a run of the tuning is missing."""
-    keys, first = (*TASKS[task], *arm.keys), True
+    keys, first = (*TASKS[FIRST], *arm.keys), True
     for options in arm.rounds:
         tries = [(*keys, *more) for more in options]
         tries = tries if first else [keys, *tries]
         first = False
-        cells = [study.cell(f"tuning {arm.recipe}, {arm.name}, {task}", arm.recipe, t, TUNING_SEED) for t in tries]
+        cells = [study.cell(f"tuning {arm.recipe}, {arm.name}", arm.recipe, t, TUNING_SEED) for t in tries]
         study.run(cells)
         if any(cell.name not in study.results for cell in cells):
             return None
         found = {t: study.results[c.name] for t, c in zip(tries, cells, strict=True)}
-        whole = {t: run for t, run in found.items() if run.get("pass@1")}
+        whole = {t: run for t, run in found.items() if run["pass@1"]}
         if not whole:
             return None
         keys = max(whole, key=lambda t: score(whole[t]))
@@ -312,14 +253,14 @@ def measure(study: Study, algorithm: str, task: str) -> Measured:
     single = None
     for arm in arms(algorithm):
         waits = single is None and arm.name != SINGLE
-        keys = chosen[arm.name] = None if waits else tune(study, arm, task, scorer(study, single))
+        keys = chosen[arm.name] = None if waits else tune(study, arm, scorer(study, single))
         if keys is None:
             runs[arm.name] = {}
             continue
         if arm.name == SINGLE:
             single = study.results[study.cell("", arm.recipe, keys, TUNING_SEED).name]
-        what = f"{arm.recipe}, {arm.name}, {task}"
-        cells = [study.cell(what, arm.recipe, keys, seed) for seed in range(study.sizes.seeds)]
+        what, on_task = f"{arm.recipe}, {arm.name}, {task}", (*keys, *TASKS[task])
+        cells = [study.cell(what, arm.recipe, on_task, seed) for seed in range(study.sizes.seeds)]
         study.run(cells)
         runs[arm.name] = study.runs(cells)
     return Measured(algorithm, task, chosen, runs)
@@ -339,43 +280,71 @@ def variants(study: Study, of: Measured, settings: Mapping[str, tuple[str, ...]]
     return {name: study.runs(of_setting) if lr else {} for name, of_setting in cells.items()}
 
 
-# --- the page -----------------------------------------------------------------------------------------------------
+# --- the parts, and the page --------------------------------------------------------------------------------------
 
 
-def write_page(study: Study, measured: Sequence[Measured], path: Path) -> None:
-    """docs/evidence.md, and the picture beside it; of what there is."""
-    sizes = study.sizes
-    first = [of for of in measured if of.task == next(iter(TASKS))]
-    sections = [page.arms_section(f"{of.algorithm.upper()}, {of.task}", of, sizes.budget) for of in measured]
-    orderings = [row for of in measured for row in page.saving_rows(f"{of.algorithm.upper()}, {of.task}", of)]
-    for of in first:
-        full = {"full": (), **ABLATIONS}
-        found = variants(study, of, full, sizes.seeds)
-        name = f"{of.algorithm.upper()}, {of.task}"
-        sections.append(page.dynamics_section(f"Ablation of ReMix-{name}", found, sizes.budget))
-        orderings += page.ablation_rows(name, found, PAPER_ABLATION, sizes.budget)
-    grpo = first[0]
-    found = variants(study, grpo, DYNAMICS, sizes.dynamics_seeds)
-    sections.append(page.dynamics_section(f"Dynamics of ReMix-GRPO, {grpo.task}", found, sizes.budget))
-    orderings += page.dynamics_rows(found, sizes.budget)
-    sections.append(page.orderings_section(orderings))
-    page.draw({f"{of.algorithm.upper()}, {of.task}": _lists(of.runs) for of in measured}, path.with_suffix(".png"))
+Part = Callable[[Study], Any]
+
+
+def ablation(study: Study, algorithm: str) -> dict[str, Any]:
+    return variants(study, measure(study, algorithm, FIRST), {"full": (), **ABLATIONS}, study.sizes.seeds)
+
+
+def dynamics(study: Study) -> dict[str, Any]:
+    return variants(study, measure(study, "grpo", FIRST), DYNAMICS, study.sizes.dynamics_seeds)
+
+
+PARTS: tuple[Part, ...] = (
+    *(partial(measure, algorithm="grpo", task=task) for task in TASKS),
+    partial(ablation, algorithm="grpo"),
+    *(partial(measure, algorithm="ppo", task=task) for task in TASKS),
+    dynamics,
+    partial(ablation, algorithm="ppo"),
+)
+"""In the order in which they are run."""
+
+
+def write_page(study: Study, path: Path) -> None:
+    """docs/evidence.md, and the pictures beside it; of what there is."""
+    budget = study.sizes.budget
+    measured = {f"{a.upper()}, {task}": measure(study, a, task) for a in ALGORITHMS for task in TASKS}
+    ablations = {f"{a.upper()}, {FIRST}": ablation(study, a) for a in ALGORITHMS}
+    found = dynamics(study)
+    orderings = [
+        *(row for name, of in measured.items() for row in page.saving_rows(name, of)),
+        *(row for name, of in ablations.items() for row in page.ablation_rows(name, of, PAPER_ABLATION, budget)),
+        *page.dynamics_rows(found, budget),
+    ]
+    sections = [
+        *(page.arms_section(name, of, budget) for name, of in measured.items()),
+        *(page.dynamics_section(f"Ablation of ReMix-{name}", of, budget) for name, of in ablations.items()),
+        page.dynamics_section(f"Dynamics of ReMix-GRPO, {FIRST}", found, budget, "evidence_dynamics.png"),
+        page.orderings_section(orderings),
+    ]
+    page.draw({name: _lists(of.runs) for name, of in measured.items()}, path.with_suffix(".png"))
+    panels = {title: _lists({name: found[name] for name in names}) for title, names in DYNAMICS_PANELS.items()}
+    page.draw(panels | {f"Ablation, {name}": _lists(of) for name, of in ablations.items()}, dynamics_picture(path))
     wanted = {name: study.results[name] for name in study.wanted if name in study.results}
-    failures = {study.wanted[name].what: run["failed"] for name, run in wanted.items() if "failed" in run}
+    failures = [(study.wanted[name], run["failed"]) for name, run in wanted.items() if "failed" in run]
     text = page.PAGE_TEXT.format(
-        budget=sizes.budget,
-        prompts=sizes.eval_prompts,
-        every=sizes.eval_every,
+        budget=budget,
+        prompts=study.sizes.eval_prompts,
+        every=study.sizes.eval_rollouts,
+        first=FIRST,
         sections="\n".join(sections),
         command="python scripts/study_efficiency.py",
         present=len(wanted) - len(failures),
         wanted=len(study.wanted),
         failed=f", {len(failures)} failed" if failures else "",
-        hours=sum(run.get("took", 0.0) for run in study.results.values()) / 3600,
+        hours=sum(run["took"] for run in study.results.values()) / 3600,
         hardware=f"{os.cpu_count()} cores of {platform.machine()}, one thread a run",
-        failures="".join(f"\n* {what}: `{error.replace('`', '')}`" for what, error in failures.items()),
+        failures="".join(f"\n* {of.what}, seed {of.seed}: `{why.replace('`', '')}`" for of, why in failures),
     )
     path.write_text(text, encoding="utf-8")
+
+
+def dynamics_picture(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_dynamics.png")
 
 
 def _lists(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -390,9 +359,11 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    study = Study(options.out.resolve(), 0 if options.write_only else options.jobs, PAGE.with_suffix(".json"), Sizes())
-    measured = [measure(study, algorithm, task) for task in TASKS for algorithm in ALGORITHMS]
-    write_page(study, measured, PAGE)
+    kept, sizes = PAGE.with_suffix(".json"), Sizes()
+    for part in () if options.write_only else PARTS:
+        part(Study(options.out.resolve(), options.jobs, kept, sizes))
+        write_page(Study(options.out, 0, kept, sizes), PAGE)
+    write_page(Study(options.out, 0, kept, sizes), PAGE)
     print(PAGE)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from scripts import efficiency_page as page
 from scripts import study_efficiency as study_of
+from scripts.efficiency_arms import ABLATIONS, ALGORITHMS, DYNAMICS, arms
 from scripts.study_efficiency import Sizes, Study
 
 
@@ -83,21 +84,21 @@ def test_a_cell_is_named_by_all_that_decides_it() -> None:
 
 
 def test_arms_are_tuned_by_the_same_number_of_runs() -> None:
-    for algorithm in study_of.ALGORITHMS:
-        counts = {arm.name: sum(map(len, arm.rounds)) for arm in study_of.arms(algorithm)}
+    for algorithm in ALGORITHMS:
+        counts = {arm.name: sum(map(len, arm.rounds)) for arm in arms(algorithm)}
         assert set(counts.values()) == {12}, counts
 
 
 def test_all_settings_are_recipes() -> None:
     from remix.config import load_recipe
 
-    for algorithm in study_of.ALGORITHMS:
-        for arm in study_of.arms(algorithm):
+    for algorithm in ALGORITHMS:
+        for arm in arms(algorithm):
             for options in arm.rounds:
                 for more in options:
                     cell = Study(Path("u"), 0, Path("u.json"), Sizes()).cell("", arm.recipe, (*arm.keys, *more), 0)
                     load_recipe(cell.path, cell.all_keys)
-    for keys in (study_of.ABLATIONS | study_of.DYNAMICS).values():
+    for keys in (ABLATIONS | DYNAMICS).values():
         cell = Study(Path("u"), 0, Path("u.json"), Sizes()).cell("", "remix_grpo", keys, 0)
         recipe = load_recipe(cell.path, cell.all_keys)
         assert study_of.steps_of(recipe, 512) == 1
@@ -107,8 +108,7 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
     study = Study(tmp_path / "runs", 0, tmp_path / "evidence.json", Sizes(budget=400))
 
     def written() -> str:
-        measured = [study_of.measure(study, a, t) for t in study_of.TASKS for a in study_of.ALGORITHMS]
-        study_of.write_page(study, measured, tmp_path / "evidence.md")
+        study_of.write_page(study, tmp_path / "evidence.md")
         return (tmp_path / "evidence.md").read_text("utf-8")
 
     assert "The single-pass arm, which sets the targets, is missing." in written()
@@ -122,18 +122,27 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
         text = written()
     assert "| missing" not in text
     assert "is missing" not in text.split("## What the page")[0]
-    assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    for picture in ("evidence.png", "evidence_dynamics.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
     row = next(line for line in text.splitlines() if "ReMix / single pass" in line)
     assert "no ratio" not in row
-    failing = next(name for name, cell in study.wanted.items() if cell.seed == 0)
-    study.results[failing] = {"failed": "TrainingError: loss `is` not finite"}
-    assert "1 failed" in written()
-    assert "TrainingError: loss is not finite" in written()
+    half = next(line for line in text.splitlines() if line.startswith("| 50%") and "| ReMix |" in line)
+    assert "not reached" not in half
+    failing = [name for name, cell in study.wanted.items() if cell.what == "remix_grpo, ReMix, 3 to 5 terms"][:2]
+    assert len(failing) == 2
+    for number, name in enumerate(failing):
+        study.results[name] = study_of.failure(f"TrainingError: loss `{number}` is not finite")
+    text = written()
+    assert "2 failed" in text
+    for number in range(2):
+        assert f"TrainingError: loss {number} is not finite" in text
+    half = next(line for line in text.splitlines() if line.startswith("| 50%") and "| ReMix |" in line)
+    assert half.count("not reached") == 3  # in rollouts, updates and seconds: two of five never got there
 
 
 def test_a_real_cell_runs_once_and_a_failing_one_is_reported(tmp_path: Path) -> None:
     kept = tmp_path / "evidence.json"
-    study = Study(tmp_path / "runs", 1, kept, Sizes(budget=60, eval_every=1, eval_prompts=8))
+    study = Study(tmp_path / "runs", 1, kept, Sizes(budget=60, eval_rollouts=20, eval_prompts=8))
     small = ("batch.prompts=4", "rollout.engine.batch_size=32", "phases.0.until.0.after=2", "phases.0.utd_ratio=1")
     good = study.cell("good", "remix_grpo", small, 0)
     bad = study.cell("bad", "remix_grpo", (*small, "model.path=./nowhere"), 0)
