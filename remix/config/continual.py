@@ -84,8 +84,8 @@ class PAMMethod(Block):
     trains, and is then averaged into it."""
 
     type: Literal["pam"] = "pam"
-    average: Literal["half", "running_mean"] | Fraction = "half"
-    """g ← (g + w)/2, or the mean of all w so far, g ← g + (w - g)/t; a number: w weighs 1/t but no less than that."""
+    average: Literal["half", "running_mean"] = "half"
+    """g ← (g + w)/2, or the mean of all w so far."""
     alignment: AlignmentConfig | None = AlignmentConfig()
     """null: averaging alone."""
 

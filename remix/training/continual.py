@@ -39,7 +39,6 @@ from remix.merging.continual import (
     saved_snapshot,
     sign_conflict,
 )
-from remix.merging.methods import weight_of_next
 from remix.models.adapters import save_model
 from remix.models.loading import load_actor_critic, load_processor, load_tokenizer
 from remix.models.policy import Policy, Snapshot
@@ -206,7 +205,8 @@ def _merge(recipe: Recipe, adapters: Adapters, index: int) -> Snapshot | None:
     method = recipe.continual.method
     if isinstance(method, PAMMethod):
         w = adapters.of_task(index)
-        return average_into(adapters.merged(index - 1), w, weight_of_next(method.average, index + 1)) if index else w
+        weight = 0.5 if method.average == "half" else 1.0 / (index + 1)
+        return average_into(adapters.merged(index - 1), w, weight) if index else w
     if not isinstance(method, MergingBlock):
         return None
     tasks = [adapters.of_task(number) for number in range(index + 1)]

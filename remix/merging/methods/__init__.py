@@ -14,7 +14,6 @@ from remix.merging.methods.masks import (
     tall,
     tall_mask,
     turned_entries,
-    weight_of_next,
 )
 from remix.merging.methods.means import fisher, karcher, model_stock, regmean, slerp
 from remix.merging.methods.table import METHODS, Method, Parameter, check_request, find_method
@@ -48,5 +47,4 @@ __all__ = [
     "task_seed",
     "ties",
     "turned_entries",
-    "weight_of_next",
 ]

@@ -24,7 +24,7 @@ from remix.merging.methods.tensors import (
 )
 
 Reset = Literal["global", "zero"]
-Average = Literal["half", "running_mean"] | float
+Average = Literal["half", "running_mean"]
 
 
 def tall_mask(task_vector: Tensor, merged_vector: Tensor, threshold: float) -> Tensor:
@@ -115,13 +115,6 @@ def put_back(task: Tensor, global_: Tensor, turned: Tensor, *, reset: Reset = "g
     return torch.where(turned, global_.to(task.dtype) if reset == "global" else 0, task)
 
 
-def weight_of_next(average: Average, count: int) -> float:
-    """What the `count`-th adapter w weighs in g ← g + weight·(w − g): 1/2 (PAM, arXiv 2506.03189), 1/count, or 1/count
-    but no less than a number: a mean that lets go of what is long ago."""
-    least = {"half": 0.5, "running_mean": 0.0}[average] if isinstance(average, str) else average
-    return max(1.0 / count, least)
-
-
 def pam(
     base: Tensor,
     tasks: Sequence[Tensor],
@@ -134,12 +127,12 @@ def pam(
     """g ← w_1·τ_1;  for t = 2, 3, …:  w ← align(w_t·τ_t, g),  g ← (g + w)/2;  θ_0 + g.
 
     PAM (arXiv 2506.03189) on vectors that are trained already: aligned once, before each is averaged in, in their
-    order. `average` "running_mean" has g ← g + (w − g)/t, the mean of all so far; a number: `weight_of_next`.
+    order. `average` "running_mean" has g ← g + (w − g)/t, the mean of all so far.
     """
     require_parents(base, tasks, weights)
     dtype = working_dtype(base, tasks)
     merged = tasks[0].to(dtype) * weights[0]
     for count, (task, weight) in enumerate(zip(tasks[1:], weights[1:], strict=True), start=2):
         aligned, _ = align(task.to(dtype) * weight, merged, share=share, reset=reset)
-        merged = merged.lerp_(aligned, weight_of_next(average, count))
+        merged = merged.lerp_(aligned, 0.5 if average == "half" else 1 / count)
     return applied(base, merged)

@@ -223,12 +223,7 @@ METHODS: dict[str, Method] = {
         {
             "share": _number(0.5, "share of entries, the largest so far, whose sign is kept", 0, 1),
             "reset": _choice("global", "what replaces an entry of the other sign", "zero"),
-            "average": Parameter(
-                "half",
-                "weight of each next: 1/2, 1/t, or 1/t but no less than a number",
-                "one of half, running_mean, or a number from 0 to 1",
-                lambda value: value in ("half", "running_mean") or (_is_number(value) and 0 <= value <= 1),
-            ),
+            "average": _choice("half", "weight of each next: 1/2, or 1/t", "running_mean"),
         },
         ordered=True,
     ),
