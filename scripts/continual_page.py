@@ -67,21 +67,22 @@ Points = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 def draw(regimes: Mapping[str, Points], path: Path) -> None:
     """A panel for each regime, a method a point with its standard deviations."""
-    figure = Figure(figsize=(10.5, 4.4), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(regimes), sharey=True)
-    for axes, (name, points) in zip(panels, regimes.items(), strict=True):
+    figure = Figure(figsize=(10.5, 4.2 * ((len(regimes) + 1) // 2)), dpi=150, layout="constrained")
+    panels = figure.subplots((len(regimes) + 1) // 2, 2, sharex=True, sharey=True, squeeze=False)
+    named = {}
+    for axes, (name, points) in zip(panels.flat, regimes.items(), strict=False):
         for number, (method, (acc, bwt)) in enumerate(points.items()):
             if not acc:
                 continue
             style = {"fmt": "o" if number < 10 else "s", "color": f"C{number % 10}", "capsize": 2, "elinewidth": 0.8}
             spread_of = {"xerr": stdev(bwt), "yerr": stdev(acc)} if len(acc) > 1 else {}
-            axes.errorbar(fmean(bwt), fmean(acc), label=method, **spread_of, **style)
+            named[method] = axes.errorbar(fmean(bwt), fmean(acc), **spread_of, **style)
         axes.set_title(name, fontsize=10)
-        axes.set_xlabel("BWT (points; right: less forgotten)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-    panels[0].set_ylabel("ACC (percent)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.supxlabel("BWT (points; right: less forgotten)", fontsize=10)
+    figure.supylabel("ACC (percent)", fontsize=10)
+    figure.legend(named.values(), named, loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path)
 
 
