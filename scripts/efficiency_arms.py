@@ -3,7 +3,7 @@ dynamics. Each is a recipe of recipes/embedded with other keys."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ALGORITHMS = ("grpo", "ppo")
 TASKS = {"3 to 5 terms": (), "4 to 6 terms": ("tasks.0.min_terms=4", "tasks.0.max_terms=6")}
@@ -21,7 +21,7 @@ class Arm:
     name: str
     recipe: str
     keys: tuple[str, ...] = ()
-    rounds: tuple[tuple[tuple[str, ...], ...], ...] = field(default=(), hash=False)
+    rounds: tuple[tuple[tuple[str, ...], ...], ...] = ()
 
 
 def each(key: str, *values: object) -> tuple[tuple[str, ...], ...]:
@@ -48,13 +48,16 @@ def arms(algorithm: str) -> list[Arm]:
     ]
 
 
+HEAVY = "kl.weight=1.0e-2"
+"""So that it matters what the KL is to."""
 FIXED = "kl.lambda_schedule=null"
 NEVER = 'phases=[{{"type":"mix_policy","off_policy_fraction":0.4,"window":2,"utd_ratio":{utd}}}]'
 ABLATIONS = {
-    "without UTD": ("phases.0.utd_ratio=1",),
-    "without KL-Convex": (FIXED,),
-    "without reincarnation": (NEVER.format(utd=4),),
-    "without all three": (NEVER.format(utd=1), FIXED),
+    "full": (HEAVY,),
+    "without UTD": (HEAVY, "phases.0.utd_ratio=1"),
+    "without KL-Convex": (HEAVY, FIXED),
+    "without reincarnation": (HEAVY, NEVER.format(utd=4)),
+    "without all three": (HEAVY, NEVER.format(utd=1), FIXED),
 }
 """Of the recipe's own ReMix with the tuned learning rate, as are the dynamics."""
 PAPER_ABLATION = ("full", "without UTD", "without KL-Convex", "without all three", "without reincarnation")
@@ -74,9 +77,9 @@ P, UTD, WINDOW, UNTIL = (
     | {"T never": (NEVER.format(utd=4),), "T never, UTD 8": (NEVER.format(utd=8),)},
 )
 LAMBDA = {
-    "λ decays": (),
-    "λ = 1": (FIXED,),
-    "λ = 0.5": ("kl.lambda_schedule.start=0.5", "kl.lambda_schedule.floor=0.5"),
+    "λ decays": (HEAVY,),
+    "λ = 1": (HEAVY, FIXED),
+    "λ = 0.5": (HEAVY, "kl.lambda_schedule.start=0.5", "kl.lambda_schedule.floor=0.5"),
 }
 DYNAMICS = P | UTD | WINDOW | UNTIL | LAMBDA
 DYNAMICS_PANELS = {"p": P, "UTD": UTD, "N": WINDOW, "T": UNTIL, "λ": LAMBDA}

@@ -8,11 +8,15 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, Protocol
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from scripts.efficiency_arms import LRS, PASSES, REMIX, SINGLE
+
 Run = Mapping[str, Any]
-"""What is kept of a run: at each evaluation `rollouts`, `pass@1` (a share), `updates`, `seconds`, `entropy`, `length`,
-`careful`; `by_lag`: means over the run; `failed`: the error that ended it, or absent."""
+"""What is kept of a run: of the base and at each evaluation `rollouts`, `pass@1` (a share), `updates`, `seconds`,
+`entropy`, `length`, `careful`; `by_lag`: means over the steps that replay, over all where none does; `failed`: the
+error that ended it, or absent; `took`: all its seconds, on `machine`."""
 COSTS = ("rollouts", "updates", "seconds")
 SHARES = (0.5, 0.75, 0.9, 1.0)
 """Of the on-policy gain."""
@@ -26,52 +30,61 @@ themselves; between evaluations curves are straight lines. The on-policy gain is
 over the base within the budget: its best evaluation, averaged over seeds. Costs are the median over seeds and, in
 brackets, the range; a run that does not reach a target, or that failed, counts as beyond all that do (`not reached`).
 Seconds leave evaluation out. Each arm is tuned by the same number of runs on sums of {first} and a seed that is not
-measured: by rollouts to 90% of the gain, else by what was reached; the single-pass arm, which sets the gain, by what
-was reached. Accuracies are in percent, mean ± standard deviation over the seeds that did not fail.
+measured: by rollouts to 90% of the gain there, else by what was reached; the single-pass arm, which sets the gain, by
+what was reached, and then by rollouts among all that was tried. Accuracies are in percent, mean ± standard deviation
+over the seeds that did not fail.
 
 ![pass@1 against rollouts](evidence.png)
 
 {sections}
-## What the page is made of
+{notes}## How it is measured
+
+* Tuning and measuring are on the same {prompts} problems; the range over seeds is that of training. A response of an
+  evaluation is sampled by a seed of its own that does not change from one evaluation to the next, so that their errors
+  are alike.
+* What an arm is not tuned in is as in its recipe: the critic's learning rate, λ's schedule, and T and N in steps
+  whatever the batch. Ablation and dynamics are of the recipe's own ReMix with the learning rate that was chosen; those
+  of λ with a weight of 0.01, ten times the recipe's.
+* ReMix may choose several passes for its on-policy phase, which has one in the paper.
 
     {command}
     {command} --write-only
 
-{present} of {wanted} runs are there{failed}; they took {hours:.1f} core-hours on {hardware}. A further run of the
-command runs what is missing or failed.
+{present} of {wanted} runs are there{failed}, as far as choices are made; they took {hours:.1f} hours on {hardware}. A
+further run of the command runs what is missing or failed.
 {failures}"""
 
 
 # --- reading runs -----------------------------------------------------------------------------------------------
 
 
-def summary(rows: Sequence[Mapping[str, Any]], base: float | None) -> dict[str, Any]:
-    """What `Run` says, of the lines of metrics.jsonl and the evaluation before them, if that is known."""
-    updates = [*accumulate(row["updates"] for row in rows)]
+def summary(rows: Sequence[Mapping[str, Any]], base: float) -> dict[str, Any]:
+    """What `Run` says of the curve, by the lines of metrics.jsonl and the evaluation before them."""
+    updates = [*accumulate(row.get("updates", 0) for row in rows)]  # none where all groups had equal rewards
     seconds = [*accumulate(row["time/step"] - row.get("time/evaluating", 0.0) for row in rows)]
     exams = [at for at, row in enumerate(rows) if "eval/pass@1" in row]
-    before = [] if base is None else [base]
-    at_zero = [0] * len(before)
-    lags = sorted({int(key.split("lag=")[1]) for row in rows for key in row if key.startswith("ess/lag=")})
+    replaying = [row for row in rows if row["phase"] == "mix_policy"] or rows
+    lags = sorted({int(key.split("lag=")[1]) for row in replaying for key in row if key.startswith("ess/lag=")})
+    entropy = [*accumulate((row.get("entropy") for row in rows), lambda last, now: last if now is None else now)]
 
-    def curve(key: str, digits: int) -> list[float]:
-        return [round(rows[at][key], digits) for at in exams]
+    def curve(first: str, key: str, digits: int) -> list[float]:
+        """Of the base, by what it sampled in the first step, and of each evaluation."""
+        return [round(value, digits) for value in (rows[0][first], *(rows[at][key] for at in exams))]
 
     def per_lag(key: str, lag: int) -> float:
         named = f"{key}/lag={lag}"
-        return round(fmean(row[named] for row in rows if named in row), 4)
+        return round(fmean(row[named] for row in replaying if named in row), 4)
 
     ratios = ("ratio/mean", "ratio/p95", "clip_fraction", "ess")
     return {
-        "rollouts": at_zero + [rows[at]["rollouts"] for at in exams],
-        "updates": at_zero + [updates[at] for at in exams],
-        "seconds": [*at_zero, *(round(seconds[at], 1) for at in exams)],
-        "pass@1": [round(value, 4) for value in before] + curve("eval/pass@1", 4),
-        "entropy": curve("entropy", 4),
-        "length": curve("eval/response_length", 2),
-        "careful": curve("eval/self_reflection", 4),
+        "rollouts": [0, *(rows[at]["rollouts"] for at in exams)],
+        "updates": [0, *(updates[at] for at in exams)],
+        "seconds": [0, *(round(seconds[at], 1) for at in exams)],
+        "pass@1": [round(value, 4) for value in (base, *(rows[at]["eval/pass@1"] for at in exams))],
+        "entropy": [round(entropy[at], 4) for at in (0, *exams)],
+        "length": curve("response/length", "eval/response_length", 2),
+        "careful": curve("response/self_reflection", "eval/self_reflection", 4),
         "by_lag": {str(lag): {key: per_lag(key, lag) for key in ratios} for lag in lags},
-        "took": round(sum(row["time/step"] for row in rows), 1),
     }
 
 
@@ -83,41 +96,39 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def finished(runs: Iterable[Run]) -> list[Run]:
-    """Those that have a curve: all but failed ones."""
-    return [run for run in runs if run["pass@1"]]
+    return [run for run in runs if "failed" not in run]
 
 
-def within(run: Run, budget: float) -> int:
-    """Evaluations up to the budget of rollouts, those before the first step among them."""
-    return sum(rollouts <= budget for rollouts in run["rollouts"])
+def value_at(run: Run, rollouts: float) -> float:
+    """Of the smoothed curve, that of the last evaluation beyond its end."""
+    return float(np.interp(rollouts, run["rollouts"], smooth(run["pass@1"])))
 
 
 def best(run: Run, budget: float) -> float:
-    return max(smooth(run["pass@1"])[: within(run, budget)])
+    """Up to the budget, at which the curve is cut."""
+    before = [value for at, value in zip(run["rollouts"], smooth(run["pass@1"]), strict=True) if at <= budget]
+    return max(*before, value_at(run, budget))
 
 
-def last(run: Run, budget: float) -> float:
-    return smooth(run["pass@1"])[within(run, budget) - 1]
+def gain_share(base: float, reached: float, share: float) -> float:
+    return base + share * (reached - base)
 
 
 def cost_to(run: Run, target: float, cost: str, budget: float) -> float | None:
-    """What the run had cost where its curve first reaches `target`; None: not within `budget` rollouts."""
-    curve, costs, rollouts = smooth(run["pass@1"]), run[cost], run["rollouts"]
-    for at, value in enumerate(curve):
-        if value < target:
-            continue
-        part = 1.0 if at == 0 else (target - curve[at - 1]) / (value - curve[at - 1])
-        before = max(at - 1, 0)
-        if rollouts[before] + part * (rollouts[at] - rollouts[before]) > budget:
-            return None
-        return float(costs[before] + part * (costs[at] - costs[before]))
-    return None
+    """What the run had cost where its curve first reaches `target`; None: not within `budget` rollouts, or failed."""
+    curve = [] if "failed" in run else smooth(run["pass@1"])
+    at = next((at for at, value in enumerate(curve) if value >= target), None)
+    if at is None:
+        return None
+    stretch = slice(max(at - 1, 0), at + 1)
+    rollouts, spent = (float(np.interp(target, curve[stretch], run[of][stretch])) for of in ("rollouts", cost))
+    return None if rollouts > budget else spent
 
 
 def middle(values: Sequence[float | None]) -> float | None:
     """The median, where None is beyond all numbers; None where it is not reached itself."""
-    found = median([float("inf") if value is None else value for value in values]) if values else float("inf")
-    return None if found == float("inf") else found
+    found = median([np.inf if value is None else value for value in values] or [np.inf])
+    return None if found == np.inf else found
 
 
 def collapse(run: Run) -> float | None:
@@ -151,16 +162,25 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * fmean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def ratio(of: Sequence[float | None], to: Sequence[float | None]) -> float | None:
-    """Of medians; None where one is missing or not reached."""
+def compared(of: Sequence[float | None], to: Sequence[float | None], budget: float, most: Sequence[float]) -> list[str]:
+    """The ratio of median rollouts, its 95% interval by resampling the runs of each arm, and whether it is within each
+    of `most`. Where `to` is not reached, it is beyond the budget, and the ratio below what is shown."""
     a, b = middle(of), middle(to)
-    return None if a is None or not b else a / b
+    if a is None or not of or not to:
+        return ["no ratio", "", *("no" for _ in most)]
+    rng = np.random.default_rng(0)
+    tops, bottoms = (
+        np.median(rng.choice([np.inf if v is None else v for v in values], (4000, len(values))), axis=1)
+        for values in (of, to)
+    )
+    low, high = np.quantile(tops / np.minimum(bottoms, budget), [0.025, 0.975], method="nearest")
+    value = a / (b or budget)
+    shown = [f"{'' if b else '< '}{value:.3f}", f"[{low:.2f}, {'not reached' if np.isinf(high) else f'{high:.2f}'}]"]
+    return [*shown, *("yes" if value <= bar else "no" if b else "unknown" for bar in most)]
 
 
-def verdict(value: float | None, bar: float, aim: float) -> list[str]:
-    if value is None:
-        return ["no ratio", "no", "no"]
-    return [f"{value:.3f}", *("yes" if value <= most else "no" for most in (bar, aim))]
+T_QUANTILES = (12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31)
+"""97.5% of Student's t, from 2 values on."""
 
 
 def ordering(statement: str, differences: Sequence[float]) -> list[str]:
@@ -168,7 +188,8 @@ def ordering(statement: str, differences: Sequence[float]) -> list[str]:
     if len(differences) < 2:
         return [statement, "missing", "missing"]
     mean, error = fmean(differences), stdev(differences) / len(differences) ** 0.5
-    holds = "undecided" if abs(mean) < 2 * error or mean == 0 else "yes" if mean > 0 else "no"
+    quantile = T_QUANTILES[min(len(differences), len(T_QUANTILES) + 1) - 2]
+    holds = "undecided" if abs(mean) <= quantile * error else "yes" if mean > 0 else "no"
     return [statement, holds, f"{mean:+.4g} ± {error:.2g} ({len(differences)})"]
 
 
@@ -194,9 +215,9 @@ def dynamics_row(name: str, runs: Sequence[Run], budget: float) -> list[str]:
         name,
         str(len(runs)),
         percent([best(run, budget) for run in runs]),
-        percent([last(run, budget) for run in runs]),
+        percent([value_at(run, budget) for run in runs]),
         f"{fmean(run['entropy'][-1] for run in runs):.3f}",
-        f"{fmean(min(run['length']) for run in runs):.1f} → {fmean(run['length'][-1] for run in runs):.1f}",
+        " → ".join(f"{fmean(of(run['length']) for run in runs):.1f}" for of in (lambda x: x[0], min, lambda x: x[-1])),
         percent([run["careful"][-1] for run in runs]),
         *(per_lag(key) for key in ("ratio/p95", "clip_fraction", "ess")),
         f"{len(fell)} of {len(runs)}" + (f", first at {min(fell):,.0f}" if fell else ""),
@@ -204,13 +225,13 @@ def dynamics_row(name: str, runs: Sequence[Run], budget: float) -> list[str]:
 
 
 DYNAMICS_HEAD = [
-    *("setting", "runs", "best pass@1", "last pass@1", "entropy", "length: least → last", "careful chains"),
+    *("setting", "runs", "best pass@1", "last pass@1", "entropy", "length: base → least → last", "careful chains"),
     *("ratio p95 by lag", "clip fraction by lag", "ESS by lag", "collapsed"),
 ]
 
 
 Arms = Mapping[str, Mapping[int, Run]]
-"""Runs by seed, by the arm's name; "single pass", "best passes" and "ReMix" are compared, any others shown too."""
+"""Runs by seed, by the arm's name; all but the on-policy ones are compared with those."""
 
 
 class HasArms(Protocol):
@@ -223,17 +244,16 @@ class HasArms(Protocol):
 def arms_section(title: str, of: HasArms, budget: float) -> str:
     """Costs to each target, the two comparisons, and the settings that were chosen."""
     head = f"## {title}\n\n"
-    settings = [
-        [name, "missing" if keys is None else " ".join(f"`{key}`" for key in keys)] for name, keys in of.chosen.items()
-    ]
+    settings = [[name, "missing" if keys is None else setting(keys)] for name, keys in of.chosen.items()]
     chosen = "\n\nSettings beside the recipe's:\n\n" + table(["arm", "keys"], settings) + "\n"
-    single = finished(of.runs["single pass"].values())
+    single = finished(of.runs[SINGLE].values())
     if not single:
         return head + "The single-pass arm, which sets the targets, is missing." + chosen
     base, top = fmean(run["pass@1"][0] for run in single), fmean(best(run, budget) for run in single)
-    costs, compared = [], []
+    rise = fmean(value_at(run, budget) - value_at(run, 0.75 * budget) for run in single)
+    costs, ratios = [], []
     for share in SHARES:
-        target = base + share * (top - base)
+        target = gain_share(base, top, share)
         by_arm = {
             name: {cost: [cost_to(run, target, cost, budget) for run in runs.values()] for cost in COSTS}
             for name, runs in of.runs.items()
@@ -243,31 +263,39 @@ def arms_section(title: str, of: HasArms, budget: float) -> str:
             [shown, name, str(len(by[COSTS[0]])), *(with_range(by[c]) for c in COSTS)] for name, by in by_arm.items()
         ]
         rollouts = {name: by["rollouts"] for name, by in by_arm.items()}
-        for name in rollouts:
-            for other, bar, aim in (("single pass", 1 / 5, 1 / 10), ("best passes", 2 / 3, 1 / 3)):
-                if name not in ("single pass", "best passes"):
-                    row = verdict(ratio(rollouts[name], rollouts[other]), bar, aim)
-                    compared.append(
-                        [shown, f"{name} / {other}", row[0], f"{bar:.3f}: {row[1]}", f"{aim:.3f}: {row[2]}"]
-                    )
+        for name in rollouts.keys() - {SINGLE, PASSES}:
+            for other, most in ((SINGLE, (1 / 5, 1 / 10)), (PASSES, (2 / 3, 1 / 3))):
+                of_bars = compared(rollouts[name], rollouts[other], budget, most)
+                held = (f"{bar:.3f}: {said}" for bar, said in zip(most, of_bars[2:], strict=True))
+                ratios.append([shown, f"{name} / {other}", *of_bars[:2], *held])
     reached = [
-        [name, str(len(runs)), *(percent([of(run, budget) for run in finished(runs.values())]) for of in (best, last))]
+        [
+            name,
+            str(len(runs)),
+            *(percent([of(run, budget) for run in finished(runs.values())]) for of in (best, value_at)),
+        ]
         for name, runs in of.runs.items()
     ]
     parts = [
-        f"Base {100 * base:.1f}, single-pass on-policy {100 * top:.1f}.",
+        f"Base {100 * base:.1f}, single-pass on-policy {100 * top:.1f}, of which {100 * rise:.1f} in the last quarter.",
         table(["arm", "runs", "best pass@1", "last pass@1"], reached),
         table(["target (pass@1)", "arm", "runs", "rollouts", "optimiser steps", "seconds"], costs),
         "Ratios of median rollouts:",
-        table(["target (pass@1)", "arms", "ratio", "bar", "aim"], compared),
+        table(["target (pass@1)", "arms", "ratio", "95% interval", "bar", "aim"], ratios),
     ]
     return head + "\n\n".join(parts) + chosen
+
+
+def setting(keys: Sequence[str]) -> str:
+    edges = [f"optimizer.lr={lr}" for lr in (LRS[0], LRS[-1])]
+    return " ".join(f"`{key}`" + " (the grid's edge)" * (key in edges) for key in keys)
 
 
 def dynamics_section(title: str, found: Arms, budget: float, picture: str | None = None) -> str:
     rows = [dynamics_row(name, [*runs.values()], budget) for name, runs in found.items()]
     note = (
-        "Ratios are to the policy that sampled, clip fraction and ESS as trained on, each a mean over the run's steps."
+        "Ratios and ESS are to the policy that sampled, the clip fraction is as trained on, each a mean over the steps "
+        "that replay. Length and careful chains of the base are those of the first step's responses."
     )
     shown = f"![pass@1 against rollouts]({picture})\n\n" if picture else ""
     return f"## {title}\n\n{shown}{note}\n\n{table(DYNAMICS_HEAD, rows)}\n"
@@ -281,11 +309,16 @@ def paired(a: Mapping[int, Run], b: Mapping[int, Run], of: Callable[[Run], float
 
 def saving_rows(name: str, of: HasArms) -> list[list[str]]:
     """By the area under the curve up to the rollouts that both have: it is there where a target is not reached."""
-    remix, single = of.runs["ReMix"], of.runs["single pass"]
-    ends = [run["rollouts"][-1] for runs in (remix, single) for run in finished(runs.values())]
+    remix = of.runs[REMIX]
+    ends = [run["rollouts"][-1] for runs in of.runs.values() for run in finished(runs.values())]
     until = min(ends, default=0)
-    said = f"{name}: ReMix has a higher mean pass@1 over the budget than single-pass on-policy"
-    return [ordering(said, paired(remix, single, lambda run: area(run, until)))]
+    return [
+        ordering(
+            f"{name}: ReMix has a higher mean pass@1 over the budget than on-policy with its {other}",
+            paired(remix, of.runs[other], lambda run: area(run, until)),
+        )
+        for other in (SINGLE, PASSES)
+    ]
 
 
 def area(run: Run, until: float) -> float:
@@ -302,20 +335,25 @@ def area(run: Run, until: float) -> float:
 def ablation_rows(name: str, found: Arms, paper: Sequence[str], budget: float) -> list[list[str]]:
     """Neighbours in the paper's order."""
     return [
-        ordering(f"{name}: {a} ends above {b}", paired(found[a], found[b], lambda run: last(run, budget)))
+        ordering(f"{name}: {a} ends above {b}", paired(found[a], found[b], lambda run: value_at(run, budget)))
         for a, b in pairwise(paper)
     ]
 
 
 def dynamics_rows(found: Arms, budget: float) -> list[list[str]]:
     few, many = found["p = 0.1"], found["p = 0.5"]
+
+    def early(run: Run) -> float:
+        return value_at(run, budget / 4)
+
     return [
-        ordering("p = 0.1 ends above p = 0.5", paired(few, many, lambda run: last(run, budget))),
+        ordering("p = 0.5 is above p = 0.1 at a quarter of the budget", paired(many, few, early)),
+        ordering("p = 0.1 ends above p = 0.5", paired(few, many, lambda run: value_at(run, budget))),
         ordering("p = 0.5 has shorter responses than p = 0.1", paired(few, many, lambda run: min(run["length"]))),
         *(
             ordering(
                 f"a decaying λ ends above {fixed}",
-                paired(found["λ decays"], found[fixed], lambda run: last(run, budget)),
+                paired(found["λ decays"], found[fixed], lambda run: value_at(run, budget)),
             )
             for fixed in ("λ = 1", "λ = 0.5")
         ),
@@ -327,7 +365,10 @@ def dynamics_rows(found: Arms, budget: float) -> list[list[str]]:
 
 
 def orderings_section(rows: Sequence[Sequence[str]]) -> str:
-    note = "Differences over pairs of runs with one seed (mean ± standard error, pairs); undecided: within two errors."
+    note = (
+        f"{len(rows)} differences over pairs of runs with one seed (mean ± standard error, pairs); undecided: 0 is "
+        "within the 95% interval, of one comparison by itself. The paper's ablation is of PPO."
+    )
     return f"## The paper's orderings\n\n{note}\n\n{table(['in the paper', 'holds here', 'difference'], rows)}\n"
 
 

@@ -29,7 +29,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.continual_page import PAGE_TEXT, SECTION_TEXT, difference, draw, spread, table
+from scripts.continual_page import OVERVIEW, PAGE_TEXT, SECTION_TEXT, difference, draw, overview, spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "embedded" / "continual_shapes_sft.yaml"
@@ -295,6 +295,11 @@ class Measured:
         means = ((self.mean(method, "ACC", order), self.mean(method, "BWT", order)) for order in ORDERS)
         return [method, *(f"{acc:.1f} / {bwt:+.1f}" for acc, bwt in means)]
 
+    def by_order(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Of each method of the overview, means of ACC and BWT for each order."""
+        acc, bwt = (lambda of, key=key: [self.mean(of, key, order) for order in ORDERS] for key in ("ACC", "BWT"))
+        return {method: (acc(method), bwt(method)) for method in OVERVIEW if method in self.chosen}
+
     def row_of_bars(self, method: str, order: str) -> list[str]:
         acc, bwt = (lambda of, key=key: self.mean(of, key, order) for key in ("ACC", "BWT"))
         held = [
@@ -344,6 +349,7 @@ def write_page(regimes: Sequence[Measured]) -> None:
     text = PAGE_TEXT.format(
         regimes="\n".join(map(section, regimes)),
         wide=regimes[0].wide(),
+        overview=overview({of.regime.name: of.by_order() for of in regimes}),
         orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
         seeds=regimes[0].seeds,
         minutes=f"{sum(result['seconds'] for result in results.values()) / 60:.0f}",

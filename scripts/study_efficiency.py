@@ -4,8 +4,8 @@
     python scripts/study_efficiency.py --write-only        # the page from what docs/evidence.json has
 
 Every cell is a run of a recipe in recipes/embedded with other keys. Its result goes into docs/evidence.json as soon as
-it is there: that cell is not run again. A cell that was interrupted begins again, one that failed is shown as failed
-and tried again by the next call.
+it is there: that cell is not run again. A cell that was interrupted begins again; one in which training failed is shown
+as failed, and tried again by the next call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -56,11 +57,11 @@ CHEAP = ("log.trackers=[]", "log.completions_every=0", "checkpoint.every=0", "ch
 class Sizes:
     """How much is measured."""
 
-    budget: int = 12288
+    budget: int = 8192
     """Rollouts of every run; the last step may go beyond."""
     seeds: int = 5
     dynamics_seeds: int = 3
-    eval_rollouts: int = 1024
+    eval_rollouts: int = 512
     """From one evaluation to the next, about: a whole number of steps."""
     eval_prompts: int = 512
 
@@ -117,10 +118,12 @@ def steps_of(recipe: Any, budget: int) -> int:
 
 
 def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
-    """In a process of its own. An error that ends the run is its result: it has no curve then, and reaches nothing."""
+    """In a worker. Where training cannot go on, that is the result: it has no curve then, and reaches nothing."""
     from remix.config import load_recipe
+    from remix.errors import TrainingError
     from remix.train import run
 
+    began = time.perf_counter()
     folder = out / cell.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -132,17 +135,18 @@ def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
             steps = steps_of(load_recipe(cell.path, keys), cell.sizes.budget)
             every = max(1, round(steps * cell.sizes.eval_rollouts / cell.sizes.budget))
             run(load_recipe(cell.path, [*keys, f"steps={steps}", f"eval.every={every}"]), str(cell.path))
-        except Exception as error:  # one run that fails is a result, and no end of the study
-            return failure(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        except TrainingError as error:
+            return {"failed": " ".join(str(error).split())[:200], **spent(began)}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     result = page.summary(rows, json.loads((folder / "result.json").read_text("utf-8"))["base_pass_at_1"])
     for bulky in ("checkpoints", "rollouts", "final"):
         shutil.rmtree(folder / bulky, ignore_errors=True)
-    return result
+    return result | spent(began)
 
 
-def failure(why: str) -> dict[str, Any]:
-    return page.summary([], None) | {"failed": why}
+def spent(began: float) -> dict[str, Any]:
+    machine = f"{os.cpu_count()} cores of {platform.machine()}, one thread a run"
+    return {"took": round(time.perf_counter() - began, 1), "machine": machine}
 
 
 def end_with_parent() -> None:
@@ -161,22 +165,25 @@ class Study:
         self.results: dict[str, dict[str, Any]] = json.loads(summaries.read_text("utf-8")) if summaries.exists() else {}
         """By the cell's name."""
         self.wanted: dict[str, Cell] = {}
+        self.tried = set[str]()
+        """Cells that were run by this study itself: one that failed is not tried twice."""
 
     def cell(self, what: str, recipe: str, keys: Sequence[str], seed: int) -> Cell:
         return Cell(what, recipe, tuple(keys), seed, self.sizes)
 
     def run(self, cells: Sequence[Cell]) -> None:
         self.wanted.update({cell.name: cell for cell in cells})
-        missing = {cell.name: cell for cell in cells if "failed" in self.results.get(cell.name, {"failed": ""})}
+        failed = {name for name, run in self.results.items() if "failed" in run} - self.tried
+        missing = {cell.name: cell for cell in cells if cell.name in failed or cell.name not in self.results}
         if not self.jobs or not missing:
             return
         with ProcessPoolExecutor(self.jobs, get_context("spawn"), end_with_parent) as pool:
             futures = {pool.submit(run_cell, cell, self.out): cell for cell in missing.values()}
             try:
                 for number, future in enumerate(as_completed(futures), 1):
-                    cell, error = futures[future], future.exception()
-                    result = failure(f"its process died: {error}") if error else future.result()
+                    cell, result = futures[future], future.result()
                     self.results[cell.name] = result
+                    self.tried.add(cell.name)
                     self.save()
                     said = result.get("failed") or f"pass@1 {100 * result['pass@1'][-1]:.1f}"
                     print(f"{number}/{len(missing)}  {cell.what}, seed {cell.seed}: {said}", flush=True)
@@ -199,27 +206,20 @@ class Study:
 Score = Callable[[Mapping[str, Any]], tuple[float, ...]]
 
 
-def tune(study: Study, arm: Arm, score: Score) -> tuple[str, ...] | None:
-    """The arm's keys with the best of each round; None as long as a run of the tuning is missing."""
-    keys, first = (*TASKS[FIRST], *arm.keys), True
+def tune(study: Study, arm: Arm, score: Score) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The runs that did not fail, by the arm's keys, each round with the best of the rounds before; none as long as a
+    run of the tuning is missing."""
+    keys, found = (*TASKS[FIRST], *arm.keys), dict[tuple[str, ...], dict[str, Any]]()
     for options in arm.rounds:
         tries = [(*keys, *more) for more in options]
-        tries = tries if first else [keys, *tries]
-        first = False
         cells = [study.cell(f"tuning {arm.recipe}, {arm.name}", arm.recipe, t, TUNING_SEED) for t in tries]
         study.run(cells)
         if any(cell.name not in study.results for cell in cells):
-            return None
-        found = {t: study.results[c.name] for t, c in zip(tries, cells, strict=True)}
-        whole = {t: run for t, run in found.items() if run["pass@1"]}
-        if not whole:
-            return None
-        keys = max(whole, key=lambda t: score(whole[t]))
-    return keys
-
-
-def gain_share(base: float, reached: float, share: float) -> float:
-    return base + share * (reached - base)
+            return {}
+        runs = {t: study.results[c.name] for t, c in zip(tries, cells, strict=True)}
+        found |= {t: run for t, run in runs.items() if "failed" not in run}
+        keys = max(found, key=lambda t: score(found[t]), default=keys)
+    return found
 
 
 def scorer(study: Study, single: Mapping[str, Any] | None) -> Score:
@@ -230,7 +230,7 @@ def scorer(study: Study, single: Mapping[str, Any] | None) -> Score:
         reached = page.best(run, budget)
         if single is None:
             return (reached,)
-        target = gain_share(single["pass@1"][0], page.best(single, budget), 0.9)
+        target = page.gain_share(single["pass@1"][0], page.best(single, budget), 0.9)
         rollouts = page.cost_to(run, target, "rollouts", budget)
         return (0.0, reached) if rollouts is None else (1.0, -rollouts)
 
@@ -252,13 +252,14 @@ def measure(study: Study, algorithm: str, task: str) -> Measured:
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     single = None
     for arm in arms(algorithm):
-        waits = single is None and arm.name != SINGLE
-        keys = chosen[arm.name] = None if waits else tune(study, arm, scorer(study, single))
+        found = {} if single is None and arm.name != SINGLE else tune(study, arm, scorer(study, single))
+        if found and single is None:
+            single = max(found.values(), key=scorer(study, None))
+        score = scorer(study, single)
+        keys = chosen[arm.name] = max(found, key=lambda t: score(found[t]), default=None)
         if keys is None:
             runs[arm.name] = {}
             continue
-        if arm.name == SINGLE:
-            single = study.results[study.cell("", arm.recipe, keys, TUNING_SEED).name]
         what, on_task = f"{arm.recipe}, {arm.name}, {task}", (*keys, *TASKS[task])
         cells = [study.cell(what, arm.recipe, on_task, seed) for seed in range(study.sizes.seeds)]
         study.run(cells)
@@ -287,7 +288,7 @@ Part = Callable[[Study], Any]
 
 
 def ablation(study: Study, algorithm: str) -> dict[str, Any]:
-    return variants(study, measure(study, algorithm, FIRST), {"full": (), **ABLATIONS}, study.sizes.seeds)
+    return variants(study, measure(study, algorithm, FIRST), ABLATIONS, study.sizes.seeds)
 
 
 def dynamics(study: Study) -> dict[str, Any]:
@@ -321,6 +322,8 @@ def write_page(study: Study, path: Path) -> None:
         page.dynamics_section(f"Dynamics of ReMix-GRPO, {FIRST}", found, budget, "evidence_dynamics.png"),
         page.orderings_section(orderings),
     ]
+    notes = path.with_name(f"{path.stem}_notes.md")  # written by hand: what did not come out, and why
+    machines = {run["machine"] for run in study.results.values()}
     page.draw({name: _lists(of.runs) for name, of in measured.items()}, path.with_suffix(".png"))
     panels = {title: _lists({name: found[name] for name in names}) for title, names in DYNAMICS_PANELS.items()}
     page.draw(panels | {f"Ablation, {name}": _lists(of) for name, of in ablations.items()}, dynamics_picture(path))
@@ -336,8 +339,9 @@ def write_page(study: Study, path: Path) -> None:
         present=len(wanted) - len(failures),
         wanted=len(study.wanted),
         failed=f", {len(failures)} failed" if failures else "",
-        hours=sum(run["took"] for run in study.results.values()) / 3600,
-        hardware=f"{os.cpu_count()} cores of {platform.machine()}, one thread a run",
+        notes=notes.read_text(encoding="utf-8") + "\n" if notes.exists() else "",
+        hours=sum(run["took"] for run in wanted.values()) / 3600,
+        hardware=" and ".join(sorted(machines)) or "no machine",
         failures="".join(f"\n* {of.what}, seed {of.seed}: `{why.replace('`', '')}`" for of, why in failures),
     )
     path.write_text(text, encoding="utf-8")
@@ -360,8 +364,9 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     kept, sizes = PAGE.with_suffix(".json"), Sizes()
+    study = Study(options.out.resolve(), options.jobs, kept, sizes)
     for part in () if options.write_only else PARTS:
-        part(Study(options.out.resolve(), options.jobs, kept, sizes))
+        part(study)
         write_page(Study(options.out, 0, kept, sizes), PAGE)
     write_page(Study(options.out, 0, kept, sizes), PAGE)
     print(PAGE)

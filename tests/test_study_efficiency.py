@@ -15,7 +15,7 @@ def run(values: list[float], **more: object) -> dict[str, object]:
     """A curve with an evaluation every 100 rollouts, 2 updates and 5 seconds."""
     at = range(len(values))
     costs = {"rollouts": [100 * i for i in at], "updates": [2 * i for i in at], "seconds": [5.0 * i for i in at]}
-    rest = {"entropy": values[1:], "length": [9.0] * len(at[1:]), "careful": values[1:], "took": 36.0}
+    rest = {"entropy": values, "length": [9.0] * len(at), "careful": values, "took": 36.0, "machine": "a desk"}
     lag = {"ratio/mean": 1.0, "ratio/p95": 1.2, "clip_fraction": 0.1, "ess": 0.9}
     return costs | {"pass@1": values} | rest | {"by_lag": {"0": lag, "1": lag}} | more
 
@@ -37,7 +37,8 @@ def test_costs_are_interpolated_between_evaluations() -> None:
 def test_what_is_reached_beyond_the_budget_is_not_reached() -> None:
     assert page.cost_to(LINE, 0.35, "rollouts", 250) == pytest.approx(250)
     assert page.cost_to(LINE, 0.36, "rollouts", 250) is None
-    assert page.best(LINE, 250) == pytest.approx(0.3)
+    assert page.best(LINE, 250) == page.value_at(LINE, 250) == pytest.approx(0.35)
+    assert page.value_at(LINE, 1000) == pytest.approx(0.5)
 
 
 def test_runs_that_do_not_reach_a_target_count_as_beyond_all_others() -> None:
@@ -48,8 +49,30 @@ def test_runs_that_do_not_reach_a_target_count_as_beyond_all_others() -> None:
     assert page.with_range([300, 200, 100]) == "200 [100, 300]"
     assert page.with_range([None, None]) == "not reached (0 of 2)"
     assert page.with_range([]) == "missing"
-    assert page.ratio([100, 300, 200], [400, 400, 800]) == 0.5
-    assert page.ratio([100], [None]) is None
+    assert page.cost_to(LINE | {"failed": "why"}, 0.2, "rollouts", 400) is None
+
+
+def test_ratios_have_an_interval_and_a_bound() -> None:
+    assert page.compared([100, 200, 200], [400, 400, 400], 999, (0.6, 0.4)) == ["0.500", "[0.25, 0.50]", "yes", "no"]
+    assert page.compared([100], [None], 500, (0.3, 0.1)) == ["< 0.200", "[0.20, 0.20]", "yes", "unknown"]
+    assert page.compared([100, None, 100], [200] * 3, 500, (0.6,)) == ["0.500", "[0.50, not reached]", "yes"]
+    assert page.compared([None], [100], 500, (0.3, 0.1)) == ["no ratio", "", "no", "no"]
+
+
+def test_a_step_that_trained_on_nothing_is_a_step_like_others() -> None:
+    common = {"phase": "on_policy", "time/step": 2.0, "response/length": 8.0, "response/self_reflection": 0.5}
+    trained = {"updates": 4, "entropy": 0.3, **{f"{k}/lag=0": 1.0 for k in ("ratio/mean", "ratio/p95", "ess")}}
+    exam = {"eval/pass@1": 0.9, "eval/response_length": 9.0, "eval/self_reflection": 0.75, "time/evaluating": 0.5}
+    rows = [
+        common | trained | {"clip_fraction/lag=0": 0.0, "rollouts": 10},
+        common | {"rollouts": 20} | exam,
+    ]
+    found = page.summary(rows, 0.25)
+    assert found["pass@1"] == [0.25, 0.9]
+    assert found["updates"] == [0, 4]
+    assert found["entropy"] == [0.3, 0.3]
+    assert found["length"] == [8.0, 9.0]
+    assert found["seconds"] == [0, 3.5]
 
 
 def test_a_collapse_is_the_loss_of_half_of_the_gain() -> None:
@@ -57,7 +80,8 @@ def test_a_collapse_is_the_loss_of_half_of_the_gain() -> None:
     assert page.collapse(LINE) is None
 
 
-def test_orderings_are_decided_by_two_standard_errors() -> None:
+def test_orderings_are_decided_by_students_t() -> None:
+    assert page.ordering("", [0.1, 0.2, 0.3])[1] == "undecided"  # .2 ± .058: 3.5 errors, of the 4.3 that three take
     assert page.ordering("", [0.1, 0.12, 0.11])[1] == "yes"
     assert page.ordering("", [-0.1, -0.12, -0.11])[1] == "no"
     assert page.ordering("", [0.1, -0.1, 0.05])[1] == "undecided"
@@ -89,19 +113,37 @@ def test_arms_are_tuned_by_the_same_number_of_runs() -> None:
         assert set(counts.values()) == {12}, counts
 
 
-def test_all_settings_are_recipes() -> None:
+def test_all_settings_are_recipes_that_may_run() -> None:
     from remix.config import load_recipe
+    from remix.training.plan import make_plan
+
+    study = Study(Path("u"), 0, Path("u.json"), Sizes())
+
+    def check(recipe: str, keys: tuple[str, ...]) -> None:
+        cell = study.cell("", recipe, keys, 0)
+        make_plan(load_recipe(cell.path, cell.all_keys))
 
     for algorithm in ALGORITHMS:
         for arm in arms(algorithm):
+            for at in (0, -1):  # a combination of each round's extremes
+                check(arm.recipe, (*arm.keys, *(key for options in arm.rounds for key in options[at])))
             for options in arm.rounds:
                 for more in options:
-                    cell = Study(Path("u"), 0, Path("u.json"), Sizes()).cell("", arm.recipe, (*arm.keys, *more), 0)
-                    load_recipe(cell.path, cell.all_keys)
+                    check(arm.recipe, (*arm.keys, *more))
     for keys in (ABLATIONS | DYNAMICS).values():
-        cell = Study(Path("u"), 0, Path("u.json"), Sizes()).cell("", "remix_grpo", keys, 0)
-        recipe = load_recipe(cell.path, cell.all_keys)
-        assert study_of.steps_of(recipe, 512) == 1
+        check("remix_grpo", keys)
+
+
+def test_steps_generate_the_budget() -> None:
+    from remix.config import load_recipe
+
+    def steps(recipe: str, *keys: str) -> int:
+        cell = Study(Path("u"), 0, Path("u.json"), Sizes()).cell("", recipe, keys, 0)
+        return study_of.steps_of(load_recipe(cell.path, cell.all_keys), 8192)
+
+    assert steps("grpo") == 16
+    assert steps("remix_grpo") == 21  # 512, 11 x 304 (38 of 64 prompts are fresh), 9 x 512
+    assert steps("remix_ppo", "phases.0.until.0.after=2") == 17  # 512, 307, 15 x 512
 
 
 def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
@@ -121,7 +163,7 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
             study.results.setdefault(name, run([value + 0.001 * cell.seed % 1 for value in values]))
         text = written()
     assert "| missing" not in text
-    assert "is missing" not in text.split("## What the page")[0]
+    assert "is missing" not in text.split("## How it is measured")[0]
     for picture in ("evidence.png", "evidence_dynamics.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     row = next(line for line in text.splitlines() if "ReMix / single pass" in line)
@@ -131,11 +173,11 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
     failing = [name for name, cell in study.wanted.items() if cell.what == "remix_grpo, ReMix, 3 to 5 terms"][:2]
     assert len(failing) == 2
     for number, name in enumerate(failing):
-        study.results[name] = study_of.failure(f"TrainingError: loss `{number}` is not finite")
+        study.results[name] = {"failed": f"loss `{number}` is not finite", "took": 1.0, "machine": "a desk"}
     text = written()
     assert "2 failed" in text
     for number in range(2):
-        assert f"TrainingError: loss {number} is not finite" in text
+        assert f"loss {number} is not finite" in text
     half = next(line for line in text.splitlines() if line.startswith("| 50%") and "| ReMix |" in line)
     assert half.count("not reached") == 3  # in rollouts, updates and seconds: two of five never got there
 
@@ -145,15 +187,27 @@ def test_a_real_cell_runs_once_and_a_failing_one_is_reported(tmp_path: Path) -> 
     study = Study(tmp_path / "runs", 1, kept, Sizes(budget=60, eval_rollouts=20, eval_prompts=8))
     small = ("batch.prompts=4", "rollout.engine.batch_size=32", "phases.0.until.0.after=2", "phases.0.utd_ratio=1")
     good = study.cell("good", "remix_grpo", small, 0)
-    bad = study.cell("bad", "remix_grpo", (*small, "model.path=./nowhere"), 0)
+    bad = study.cell("bad", "remix_grpo", (*small, "optimizer.lr=1e18", "faults.skipped_updates=0"), 0)
     study.run([good, bad])
     found = json.loads(kept.read_text("utf-8"))
     assert found[good.name]["rollouts"] == [0, 32, 48, 80]  # 4 x 8, 2 x 8 beside what is replayed, 4 x 8
     assert found[good.name]["updates"] == [0, 2, 4, 6]
-    assert len(found[good.name]["length"]) == 3
+    assert len(found[good.name]["length"]) == 4
+    assert found[good.name]["took"] > 0
     assert "failed" not in found[good.name]
     assert found[bad.name]["failed"]
-    log = tmp_path / "runs" / good.name / "log.txt"
-    log.unlink()
-    Study(tmp_path / "runs", 1, kept, study.sizes).run([good])
-    assert not log.exists()  # it was not run again
+    logs = [tmp_path / "runs" / cell.name / "log.txt" for cell in (good, bad)]
+    for log in logs:
+        log.unlink()
+    study.run([good, bad])
+    assert not any(log.exists() for log in logs)  # neither is run again, by one study
+    again = Study(tmp_path / "runs", 1, kept, study.sizes)
+    again.run([good, bad])
+    assert [log.exists() for log in logs] == [False, True]
+
+
+def test_an_error_that_is_no_result_ends_the_study(tmp_path: Path) -> None:
+    study = Study(tmp_path / "runs", 1, tmp_path / "evidence.json", Sizes(budget=60, eval_prompts=8))
+    with pytest.raises(ValueError, match="nowhere"):
+        study.run([study.cell("", "grpo", ["model.path=./nowhere"], 0)])
+    assert not study.results
