@@ -1,11 +1,13 @@
 """Proves that a run is the same run under every backend, and goes on under any other.
 
-    python scripts/prove_backends.py [--cases WORDS] [--out DIR]
+    python scripts/prove_backends.py [--cases WORDS] [--seed S] [--out DIR]
 
 For the embedded recipes, with full weights and LoRA: once in one process without interruption; then under each file of
 recipes/accelerate/ with two processes, on a CPU over gloo: two steps, and the rest by `--resume`. Metrics, final
 weights and the last checkpoint have to agree with those of one process, up to rounding. Then what a backend saved goes
-on in one process, and what one process saved under the backend. Exit status 1 where something differs.
+on in one process, and what one process saved under the backend. Exit status 1 where something differs. A draw that lies
+on the border between two tokens may fall to the other one by rounding, and everything after it is another run: where
+responses differ, it is said how many at first, and how far log-probs were apart before. Another `--seed` draws anew.
 
 `--cases "fsdp2 remix_ppo"` runs only those whose name holds all the words. DeepSpeed needs the extra `deepspeed`, g++
 and, for the first start, a few minutes.
@@ -27,7 +29,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
+
+from remix.replay import logged_steps, read_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cpu_2proc", "multi_node", "fsdp2", "zero2", "zero3", "zero3_offload")
@@ -57,13 +62,19 @@ class Case:
     backend: str
     recipe: str
     adapter: str
+    seed: int = 0
 
     def __str__(self) -> str:
         return f"{self.backend} {self.recipe} {self.adapter}"
 
+    @property
+    def arguments(self) -> list[str]:
+        path = ROOT / "recipes" / "embedded" / f"{self.recipe}.yaml"
+        return [str(path), *overrides(self.recipe, self.adapter), f"seed={self.seed}", f"steps={STEPS}"]
 
-def all_cases() -> list[Case]:
-    return [Case(*of) for of in product(BACKENDS, RECIPES, ("none", "lora"))]
+
+def all_cases(seed: int = 0) -> list[Case]:
+    return [Case(*of, seed) for of in product(BACKENDS, RECIPES, ("none", "lora"))]
 
 
 def overrides(recipe: str, adapter: str) -> list[str]:
@@ -113,27 +124,24 @@ def launch(backend: str, arguments: Sequence[str], log: Path, *, module: Sequenc
         raise RuntimeError(f"{backend}: ended with {statuses}, see {log}:\n{log.read_text()[-2000:]}")
 
 
-def reference(recipe: str, adapter: str, folder: Path) -> Path:
-    """The run of one process, made once."""
-    run_dir = folder / "one" / f"{recipe}-{adapter}"
+def reference(case: Case, folder: Path) -> Path:
+    """The run of one process, made once for all backends."""
+    run_dir = folder / "one" / f"{case.recipe}-{case.adapter}"
     if not (run_dir / "result.json").exists():
-        launch(
-            "cpu", [_path(recipe), *overrides(recipe, adapter), f"steps={STEPS}", f"run_dir={run_dir}"], _log(run_dir)
-        )
+        launch("cpu", [*case.arguments, f"run_dir={run_dir}"], _log(run_dir))
     return run_dir
 
 
 def prove(case: Case, folder: Path) -> Iterator[str]:
     """What differs."""
-    one = reference(case.recipe, case.adapter, folder)
+    one = reference(case, folder)
     own = folder / str(case).replace(" ", "-")
-    arguments = [_path(case.recipe), *overrides(case.recipe, case.adapter), f"steps={STEPS}"]
-    launch(case.backend, [*arguments, f"run_dir={own}", f"max_steps={HALF}"], _log(own))
+    launch(case.backend, [*case.arguments, f"run_dir={own}", f"max_steps={HALF}"], _log(own))
     back, there = own.with_name(f"{own.name}-then-one"), own.with_name(f"{own.name}-after-one")
     shutil.copytree(own, back, symlinks=True)
     cut(one, there)
     for backend, run_dir in ((case.backend, own), ("cpu", back), (case.backend, there)):
-        launch(backend, [*arguments, "max_steps=null", "--resume", str(run_dir)], _log(run_dir))
+        launch(backend, [*case.arguments, "max_steps=null", "--resume", str(run_dir)], _log(run_dir))
         yield from (f"{run_dir.name}: {said}" for said in differences(one, run_dir))
 
 
@@ -144,6 +152,7 @@ def cut(whole: Path, half: Path) -> None:
 
 
 def differences(one: Path, other: Path) -> Iterator[str]:
+    yield from _other_draws(one, other)
     rows, others = (
         [json.loads(line) for line in (of / "metrics.jsonl").read_text().splitlines()] for of in (one, other)
     )
@@ -158,6 +167,28 @@ def differences(one: Path, other: Path) -> Iterator[str]:
                 yield f"step {row['step']}: {name} is {value:.6g}, not {known:.6g}"
     for pattern in ("final/*.safetensors", f"checkpoints/step={STEPS:06d}/tensors.safetensors"):
         yield from _tensors(one, other, pattern)
+
+
+def _other_draws(one: Path, other: Path) -> Iterator[str]:
+    """The first step with other responses, if there is one."""
+    shards = logged_steps(other)
+    for step, paths in sorted(logged_steps(one).items()):
+        groups, others = read_shards(paths), read_shards(shards.get(step, []))
+        pairs = [
+            (a, b) for x, y in zip(groups, others, strict=False) for a, b in zip(x.rollouts, y.rollouts, strict=False)
+        ]
+        far, differ = 0.0, 0
+        for a, b in pairs:
+            same = min(len(a.response_ids), len(b.response_ids))
+            ids = a.response_ids[:same] == b.response_ids[:same]
+            before = int(ids.long().cumprod(0).sum())
+            differ += not torch.equal(a.response_ids, b.response_ids)
+            apart = (a.sampler_logprobs[:before] - b.sampler_logprobs[:before]).abs()
+            far = max([far, *apart.tolist()])
+        if differ:
+            said = f"{differ} of {len(pairs)} responses have another token, before which log-probs agree to {far:.1g}"
+            yield f"step {step}: {said}"
+            return
 
 
 def _tensors(one: Path, other: Path, pattern: str) -> Iterator[str]:
@@ -181,10 +212,6 @@ def _tensors(one: Path, other: Path, pattern: str) -> Iterator[str]:
                 yield f"{name}: {key} differs by {worst:.3g} (largest entry {size:.3g})"
 
 
-def _path(recipe: str) -> str:
-    return str(ROOT / "recipes" / "embedded" / f"{recipe}.yaml")
-
-
 def _log(run_dir: Path) -> Path:
     return run_dir.with_name(f"{run_dir.name}.log")
 
@@ -198,6 +225,7 @@ def _free_port() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", metavar="WORDS")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there")
     options = parser.parse_args()
     if options.out is not None and options.out.exists():
@@ -210,7 +238,7 @@ def main() -> int:
     table = Table("backend", "recipe", "adapter", "same", "seconds", title="two processes against one")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
-        for case in all_cases():
+        for case in all_cases(options.seed):
             if not set(options.cases.split()) <= set(str(case).split()):
                 continue
             started = time.monotonic()

@@ -6,6 +6,7 @@ In each run the loss of the second update is NaN, so that what a backend does of
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from remix import train
 from remix.config import Recipe, dump_recipe
+from remix.replay import logged_steps, read_shards, write_shard
 from remix.training.backends import Backend, asked_for, check_launch, check_recipe
 from scripts.prove_backends import BACKENDS, HALF, STEPS, all_cases, cut, differences, launch
 from tests.faults import plant
@@ -71,6 +73,12 @@ def test_full_weights_and_a_critic(tiny_model: Path, tmp_path: Path, monkeypatch
     rows[1]["loss/policy"] *= 1.01
     (one / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert [said.partition(" is ")[0] for said in differences(one, tmp_path / "zero2")] == ["step 1: loss/policy"]
+    (shard,) = logged_steps(one)[1]
+    groups = read_shards([shard])
+    other = replace(groups[0].rollouts[0], response_ids=groups[0].rollouts[0].response_ids + 1)
+    write_shard(shard, 1, [replace(groups[0], rollouts=(other, *groups[0].rollouts[1:])), *groups[1:]])
+    draws = next(differences(one, tmp_path / "zero2"))
+    assert draws.startswith(f"step 1: 1 of {sum(len(group.rollouts) for group in groups)} responses have another token")
 
 
 @pytest.mark.slow
