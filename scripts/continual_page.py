@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 PAGE_TEXT = """# Continual learning on `shapes`
 
-Six tasks about small pictures, learnt one after the other by a LoRA each on the embedded vision-language model
+Six tasks about small pictures, or ten, learnt one after the other by a LoRA each on the embedded vision-language model
 (supervised, `recipes/embedded/continual_shapes_sft.yaml`), pass@1 in percent on held-out pictures, greedy. ACC is the
 mean over all tasks after the last, BWT what later tasks did to earlier ones, both as in PAM
 ([arXiv 2506.03189](https://arxiv.org/abs/2506.03189)). Mean ± standard deviation over runs: three orders, up to
@@ -24,8 +24,8 @@ and `TIES` merge adapters that were trained apart, `MagMax` adapters each traine
 takes the entries that have changed most since the start for the important ones, `PAM on B alone` aligns one factor of
 each LoRA.
 
-In the first two regimes below each task is learnt about as well by itself; they differ in how far it moves the
-adapter, and so in what it does to the other tasks. In the last two the base knows less of what is asked: most of what
+In the first three regimes below each task is learnt about as well by itself; the first two differ in how far it moves
+the adapter, and so in what it does to the other tasks, the third has more tasks. In the last two the base knows less of what is asked: most of what
 it was taught, or all of it, were captions, so that adapters of single tasks, averaged afterwards, have less to build
 on. In all of them settings are chosen by ACC on another order and another seed than those measured: one rank for all
 methods, by their mean, where several were tried; then each method's own, of as many as the last column says. LoRAs are
@@ -38,12 +38,12 @@ ACC, with its standard deviation over orders, and BWT:
 As in the paper, PAM is above sequential training in the mean over orders and hangs less on the order; it is not above
 it in every order. Most of that comes of averaging as tasks come: alignment adds no more than its error wherever the two
 were compared. Which average, and whether merging afterwards is better still, depends on what the base knows. The
-third regime was looked for: its share of captions is the one of three that showed PAM at its best on the order that
+fourth regime was looked for: its share of captions is the one of three that showed PAM at its best on the order that
 settings are chosen on.
 
 {orders}
 
-{regimes}{wide}
+{regimes}
 The page is written by `python scripts/study_continual.py`; its runs took {minutes} minutes of one core.
 """
 

@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -43,10 +43,14 @@ ORDERS = {
     "C": ("where", "left", "smaller", "colour", "odd", "bigger"),
 }
 WIDE = ("left", "count", "smaller", "point", "colour", "digit", "bigger", "shape", "odd", "where")
-"""All ten kinds, for alignment on a longer road; by the settings that were chosen on six."""
+WIDE_ORDERS = {
+    "A": WIDE,
+    "B": WIDE[::-1],
+    "C": ("digit", "where", "bigger", "colour", "left", "odd", "count", "smaller", "shape", "point"),
+}
+"""All ten kinds."""
 VARIANTS = ("running mean", "PAM, running mean", "PAM by change", "PAM on B alone")
 """Measured after the others."""
-WIDE_METHODS = ("sequential", "running average", "PAM", "PAM by change", "running mean", "PAM, running mean")
 TUNING_ORDER = ("odd", "bigger", "colour", "left", "where", "smaller")
 TUNING_SEED = 1000
 SIZE = 640
@@ -67,6 +71,7 @@ class Regime:
     """None: all."""
     ranks: tuple[int, ...] = (8, 16)
     """Of all methods alike: the one that is better on average over them."""
+    orders: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ORDERS)
     captions: float | None = None
     """Their share in what its base was taught; None: the recipe's base, half of whose corpus was questions."""
 
@@ -95,7 +100,14 @@ FAINT = Regime(
     ranks=(8,),
     captions=0.75,
 )
-REGIMES = (SMALL, LARGE, FAINT, NEW)
+MANY = Regime(
+    "Ten tasks",
+    "All ten kinds, as under small updates and by the settings that were chosen there, on six",
+    methods=("sequential", "average", "TIES", "running average", "PAM", "running mean"),
+    ranks=(8,),
+    orders=WIDE_ORDERS,
+)
+REGIMES = (SMALL, LARGE, MANY, FAINT, NEW)
 
 
 def pam(alignment: Settings | None, kind: str = "pam", **more: Any) -> Settings:
@@ -256,10 +268,6 @@ KEPT = ("seed", "tasks", "ACC", "BWT", "forgetting", "zero_shot", "seconds")
 """Of a run's result."""
 
 
-def wide_cells(chosen: Mapping[str, Settings], rank: int, seeds: int) -> list[Cell]:
-    return [Cell(method, chosen[method], rank, WIDE, seed, SMALL) for seed in range(seeds) for method in WIDE_METHODS]
-
-
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +282,7 @@ class Measured:
     seeds: int
 
     def cell(self, method: str, order: str, seed: int) -> Cell:
-        return Cell(method, self.chosen[method], self.rank, ORDERS[order], seed, self.regime)
+        return Cell(method, self.chosen[method], self.rank, self.regime.orders[order], seed, self.regime)
 
     def values(self, method: str, key: str, orders: Iterable[str] = ORDERS) -> dict[tuple[str, int], float]:
         """In percent, by order and seed."""
@@ -315,24 +323,6 @@ class Measured:
         differences = (difference([of_a[at] - of_b[at] for at in of_a if at in of_b]) for of_a, of_b in pairs)
         return [f"{a} − {b}", *differences]
 
-    def wide(self) -> str:
-        """All ten kinds; nothing where they were not run."""
-        found = {method: list[dict[str, Any]]() for method in WIDE_METHODS}
-        for cell in wide_cells(self.chosen, self.rank, self.seeds):
-            if cell.name in self.study.results:
-                found[cell.method].append(self.study.results[cell.name])
-        rows = [
-            [
-                method,
-                str(len(runs)),
-                *(spread([100 * run[key] for run in runs]) for key in ("ACC", "BWT", "forgetting")),
-            ]
-            for method, runs in found.items()
-            if runs
-        ]
-        head = f"\nAll ten kinds in one order ({', '.join(WIDE)}), with the settings of six tasks:\n\n"
-        return head + table(["method", "runs", "ACC", "BWT", "forgetting"], rows) + "\n" if rows else ""
-
 
 def write_page(regimes: Sequence[Measured]) -> None:
     """docs/continual.md, and the picture and the results beside it."""
@@ -348,9 +338,11 @@ def write_page(regimes: Sequence[Measured]) -> None:
     )
     text = PAGE_TEXT.format(
         regimes="\n".join(map(section, regimes)),
-        wide=regimes[0].wide(),
         overview=overview({of.regime.name: of.by_order() for of in regimes}),
-        orders=table(["order", "tasks"], [[name, ", ".join(order)] for name, order in ORDERS.items()]),
+        orders=table(
+            ["order", "six tasks", "ten tasks"],
+            [[n, *(", ".join(o[n]) for o in (ORDERS, WIDE_ORDERS))] for n in ORDERS],
+        ),
         seeds=regimes[0].seeds,
         minutes=f"{sum(result['seconds'] for result in results.values()) / 60:.0f}",
     )
@@ -391,7 +383,6 @@ def main() -> None:
             for of in regimes:
                 methods = [method for method in of.chosen if (method in VARIANTS) == variants]
                 study.run([of.cell(method, order, seed) for order in ORDERS for method in methods], "measured")
-    study.run(wide_cells(regimes[0].chosen, regimes[0].rank, options.seeds), "ten tasks")
     write_page(regimes)
     print(PAGE)
 
