@@ -25,11 +25,11 @@ takes the entries that have changed most since the start for the important ones,
 each LoRA.
 
 In the first three regimes below each task is learnt about as well by itself; the first two differ in how far it moves
-the adapter, and so in what it does to the other tasks, the third has more tasks. In the last two the base knows less of what is asked: most of what
-it was taught, or all of it, were captions, so that adapters of single tasks, averaged afterwards, have less to build
-on. In all of them settings are chosen by ACC on another order and another seed than those measured: one rank for all
-methods, by their mean, where several were tried; then each method's own, of as many as the last column says. LoRAs are
-on every linear layer.
+the adapter, and so in what it does to the other tasks; the third has more tasks. In the last two the base knows less of
+what is asked: most of what it was taught, or all of it, were captions, so that adapters of single tasks, averaged
+afterwards, have less to build on. In all of them settings are chosen by ACC on another order and another seed than
+those measured: one rank for all methods, by their mean, where several were tried; then each method's own, of as many as
+the last column says. LoRAs are on every linear layer.
 
 ACC, with its standard deviation over orders, and BWT:
 
