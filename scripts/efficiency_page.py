@@ -166,7 +166,7 @@ def compared(of: Sequence[float | None], to: Sequence[float | None], budget: flo
     """The ratio of median rollouts, its 95% interval by resampling the runs of each arm, and whether it is within each
     of `most`. Where `to` is not reached, it is beyond the budget, and the ratio below what is shown."""
     a, b = middle(of), middle(to)
-    if a is None or not of or not to:
+    if a is None or b == 0 or not of or not to:
         return ["no ratio", "", *("no" for _ in most)]
     rng = np.random.default_rng(0)
     tops, bottoms = (
@@ -174,7 +174,7 @@ def compared(of: Sequence[float | None], to: Sequence[float | None], budget: flo
         for values in (of, to)
     )
     low, high = np.quantile(tops / np.minimum(bottoms, budget), [0.025, 0.975], method="nearest")
-    value = a / (b or budget)
+    value = a / (budget if b is None else b)
     shown = [f"{'' if b else '< '}{value:.3f}", f"[{low:.2f}, {'not reached' if np.isinf(high) else f'{high:.2f}'}]"]
     return [*shown, *("yes" if value <= bar else "no" if b else "unknown" for bar in most)]
 
@@ -263,7 +263,7 @@ def arms_section(title: str, of: HasArms, budget: float) -> str:
             [shown, name, str(len(by[COSTS[0]])), *(with_range(by[c]) for c in COSTS)] for name, by in by_arm.items()
         ]
         rollouts = {name: by["rollouts"] for name, by in by_arm.items()}
-        for name in rollouts.keys() - {SINGLE, PASSES}:
+        for name in (name for name in rollouts if name not in (SINGLE, PASSES)):
             for other, most in ((SINGLE, (1 / 5, 1 / 10)), (PASSES, (2 / 3, 1 / 3))):
                 of_bars = compared(rollouts[name], rollouts[other], budget, most)
                 held = (f"{bar:.3f}: {said}" for bar, said in zip(most, of_bars[2:], strict=True))

@@ -78,7 +78,7 @@ class Regime:
     @property
     def base(self) -> str | None:
         """The folder of its own base beside the runs, if it has one."""
-        return {None: None, 1.0: "captions_base"}.get(self.captions, f"captions_base_{self.captions}")
+        return None if self.captions is None else f"captions_base_{self.captions}"
 
 
 SMALL = Regime("Small updates", "40 steps a task at a learning rate of 1e-3")

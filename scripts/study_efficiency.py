@@ -307,7 +307,7 @@ PARTS: tuple[Part, ...] = (
 
 def write_page(study: Study, path: Path) -> None:
     """docs/evidence.md, and the pictures beside it; of what there is."""
-    budget = study.sizes.budget
+    budget, picture = study.sizes.budget, path.with_name(f"{path.stem}_dynamics.png")
     measured = {f"{a.upper()}, {task}": measure(study, a, task) for a in ALGORITHMS for task in TASKS}
     ablations = {f"{a.upper()}, {FIRST}": ablation(study, a) for a in ALGORITHMS}
     found = dynamics(study)
@@ -319,14 +319,13 @@ def write_page(study: Study, path: Path) -> None:
     sections = [
         *(page.arms_section(name, of, budget) for name, of in measured.items()),
         *(page.dynamics_section(f"Ablation of ReMix-{name}", of, budget) for name, of in ablations.items()),
-        page.dynamics_section(f"Dynamics of ReMix-GRPO, {FIRST}", found, budget, "evidence_dynamics.png"),
+        page.dynamics_section(f"Dynamics of ReMix-GRPO, {FIRST}", found, budget, picture.name),
         page.orderings_section(orderings),
     ]
     notes = path.with_name(f"{path.stem}_notes.md")  # written by hand: what did not come out, and why
-    machines = {run["machine"] for run in study.results.values()}
     page.draw({name: _lists(of.runs) for name, of in measured.items()}, path.with_suffix(".png"))
     panels = {title: _lists({name: found[name] for name in names}) for title, names in DYNAMICS_PANELS.items()}
-    page.draw(panels | {f"Ablation, {name}": _lists(of) for name, of in ablations.items()}, dynamics_picture(path))
+    page.draw(panels | {f"Ablation, {name}": _lists(of) for name, of in ablations.items()}, picture)
     wanted = {name: study.results[name] for name in study.wanted if name in study.results}
     failures = [(study.wanted[name], run["failed"]) for name, run in wanted.items() if "failed" in run]
     text = page.PAGE_TEXT.format(
@@ -341,14 +340,10 @@ def write_page(study: Study, path: Path) -> None:
         failed=f", {len(failures)} failed" if failures else "",
         notes=notes.read_text(encoding="utf-8") + "\n" if notes.exists() else "",
         hours=sum(run["took"] for run in wanted.values()) / 3600,
-        hardware=" and ".join(sorted(machines)) or "no machine",
+        hardware=" and ".join(sorted({run["machine"] for run in wanted.values()})) or "no machine",
         failures="".join(f"\n* {of.what}, seed {of.seed}: `{why.replace('`', '')}`" for of, why in failures),
     )
     path.write_text(text, encoding="utf-8")
-
-
-def dynamics_picture(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_dynamics.png")
 
 
 def _lists(runs: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
