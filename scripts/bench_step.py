@@ -1,6 +1,6 @@
 """Seconds of a training step, split by stage; tokens per second; peak memory.
 
-    python scripts/bench_step.py [RECIPE] [key=value ...] [--steps N]
+    python scripts/bench_step.py [RECIPE [key=value ...]] [--steps N]
 
 Runs N steps after one to warm up, through the trainer itself, in a temporary run directory.
 """
