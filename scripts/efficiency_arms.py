@@ -83,3 +83,13 @@ LAMBDA = {
 }
 DYNAMICS = P | UTD | WINDOW | UNTIL | LAMBDA
 DYNAMICS_PANELS = {"p": P, "UTD": UTD, "N": WINDOW, "T": UNTIL, "λ": LAMBDA}
+
+BEYOND = {
+    "grpo": {
+        "lags by 1/age": ("phases.0.lag_distribution=age",),
+        "lags halving with age": ("phases.0.lag_distribution=geometric",),
+        "reincarnation at a plateau": ('phases.0.until=[{"type":"reward_plateau","window":3}]',),
+    },
+    "ppo": {"V-trace": ("advantage.vtrace_cap=1.0",)},
+}
+"""Options that are not the paper's, each added to the tuned ReMix."""

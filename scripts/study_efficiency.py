@@ -31,10 +31,12 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts import efficiency_curves as curves
 from scripts import efficiency_page as page
 from scripts.efficiency_arms import (
     ABLATIONS,
     ALGORITHMS,
+    BEYOND,
     DYNAMICS,
     DYNAMICS_PANELS,
     FIRST,
@@ -98,8 +100,12 @@ def science(path: Path) -> str:
 
 
 def final(keys: Sequence[str]) -> list[str]:
-    """Of a key that occurs twice, the last; in the order of names, parents first, so that equal runs have one name."""
-    return [f"{key}={value}" for key, value in sorted(dict(key.split("=", 1) for key in keys).items())]
+    """Of a key that occurs twice, or within one that comes later, the last; in the order of names, parents first, so
+    that equal runs have one name."""
+    kept = dict[str, str]()
+    for key, value in (key.split("=", 1) for key in keys):
+        kept = {name: given for name, given in kept.items() if not name.startswith(f"{key}.")} | {key: value}
+    return [f"{key}={value}" for key, value in sorted(kept.items())]
 
 
 def steps_of(recipe: Any, budget: int) -> int:
@@ -138,7 +144,7 @@ def run_cell(cell: Cell, out: Path) -> dict[str, Any]:
         except TrainingError as error:
             return {"failed": " ".join(str(error).split())[:200], **spent(began)}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    result = page.summary(rows, json.loads((folder / "result.json").read_text("utf-8"))["base_pass_at_1"])
+    result = curves.summary(rows, json.loads((folder / "result.json").read_text("utf-8"))["base_pass_at_1"])
     for bulky in ("checkpoints", "rollouts", "final"):
         shutil.rmtree(folder / bulky, ignore_errors=True)
     return result | spent(began)
@@ -227,11 +233,11 @@ def scorer(study: Study, single: Mapping[str, Any] | None) -> Score:
     budget = study.sizes.budget
 
     def score(run: Mapping[str, Any]) -> tuple[float, ...]:
-        reached = page.best(run, budget)
+        reached = curves.best(run, budget)
         if single is None:
             return (reached,)
-        target = page.gain_share(single["pass@1"][0], page.best(single, budget), 0.9)
-        rollouts = page.cost_to(run, target, "rollouts", budget)
+        target = curves.gain_share(single["pass@1"][0], curves.best(single, budget), 0.9)
+        rollouts = curves.cost_to(run, target, "rollouts", budget)
         return (0.0, reached) if rollouts is None else (1.0, -rollouts)
 
     return score
@@ -267,18 +273,24 @@ def measure(study: Study, algorithm: str, task: str) -> Measured:
     return Measured(algorithm, task, chosen, runs)
 
 
-def variants(study: Study, of: Measured, settings: Mapping[str, tuple[str, ...]], seeds: int) -> dict[str, Any]:
-    """The recipe's own ReMix at the tuned learning rate, with these keys; empty as long as that is not tuned."""
-    keys = of.chosen.get(REMIX)
-    lr = [key for key in keys or () if key.startswith("optimizer.lr=")]
-    recipe = f"remix_{of.algorithm}"
+def variants(
+    study: Study, algorithm: str, keys: Sequence[str] | None, settings: Mapping[str, tuple[str, ...]], seeds: int
+) -> dict[str, Any]:
+    """ReMix on the first task with `keys` and those of each setting; empty as long as `keys` are not tuned."""
+    recipe = f"remix_{algorithm}"
     cells = {
-        name: [study.cell(f"{recipe}, {name}", recipe, (*TASKS[of.task], *lr, *more), seed) for seed in range(seeds)]
+        name: [study.cell(f"{recipe}, {name}", recipe, (*(keys or ()), *more), seed) for seed in range(seeds)]
         for name, more in settings.items()
     }
-    if lr:
+    if keys is not None:
         study.run([cell for of_setting in cells.values() for cell in of_setting])
-    return {name: study.runs(of_setting) if lr else {} for name, of_setting in cells.items()}
+    return {name: study.runs(of_setting) if keys is not None else {} for name, of_setting in cells.items()}
+
+
+def recipes_own(of: Measured) -> tuple[str, ...] | None:
+    """The recipe's own ReMix, at the tuned learning rate."""
+    keys = of.chosen[REMIX]
+    return None if keys is None else tuple(key for key in keys if key.startswith("optimizer.lr="))
 
 
 # --- the parts, and the page --------------------------------------------------------------------------------------
@@ -288,19 +300,26 @@ Part = Callable[[Study], Any]
 
 
 def ablation(study: Study, algorithm: str) -> dict[str, Any]:
-    return variants(study, measure(study, algorithm, FIRST), ABLATIONS, study.sizes.seeds)
+    return variants(study, algorithm, recipes_own(measure(study, algorithm, FIRST)), ABLATIONS, study.sizes.seeds)
+
+
+def beyond(study: Study, algorithm: str) -> dict[str, Any]:
+    tuned = measure(study, algorithm, FIRST).chosen[REMIX]
+    return variants(study, algorithm, tuned, BEYOND[algorithm], study.sizes.seeds)
 
 
 def dynamics(study: Study) -> dict[str, Any]:
-    return variants(study, measure(study, "grpo", FIRST), DYNAMICS, study.sizes.dynamics_seeds)
+    return variants(study, "grpo", recipes_own(measure(study, "grpo", FIRST)), DYNAMICS, study.sizes.dynamics_seeds)
 
 
 PARTS: tuple[Part, ...] = (
     *(partial(measure, algorithm="grpo", task=task) for task in TASKS),
     partial(ablation, algorithm="grpo"),
+    partial(beyond, algorithm="grpo"),
     *(partial(measure, algorithm="ppo", task=task) for task in TASKS),
     dynamics,
     partial(ablation, algorithm="ppo"),
+    partial(beyond, algorithm="ppo"),
 )
 """In the order in which they are run."""
 
@@ -320,6 +339,12 @@ def write_page(study: Study, path: Path) -> None:
         *(page.arms_section(name, of, budget) for name, of in measured.items()),
         *(page.dynamics_section(f"Ablation of ReMix-{name}", of, budget) for name, of in ablations.items()),
         page.dynamics_section(f"Dynamics of ReMix-GRPO, {FIRST}", found, budget, picture.name),
+        *(
+            page.beyond_section(
+                f"Beyond the paper: ReMix-{a.upper()}", measure(study, a, FIRST), beyond(study, a), budget
+            )
+            for a in ALGORITHMS
+        ),
         page.orderings_section(orderings),
     ]
     notes = path.with_name(f"{path.stem}_notes.md")  # written by hand: what did not come out, and why

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts import efficiency_curves as curves
 from scripts import efficiency_page as page
 from scripts import study_efficiency as study_of
-from scripts.efficiency_arms import ABLATIONS, ALGORITHMS, DYNAMICS, arms
+from scripts.efficiency_arms import ABLATIONS, ALGORITHMS, BEYOND, DYNAMICS, arms
 from scripts.study_efficiency import Sizes, Study
 
 
@@ -24,32 +25,32 @@ LINE = run([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_costs_are_interpolated_between_evaluations() -> None:
-    assert page.smooth([0.0, 0.3, 0.3, 0.6]) == pytest.approx([0.0, 0.2, 0.4, 0.6])
-    assert page.smooth([0.3]) == [0.3]
-    assert page.smooth([]) == []
-    assert page.cost_to(LINE, 0.25, "rollouts", 400) == pytest.approx(150)
-    assert page.cost_to(LINE, 0.25, "updates", 400) == pytest.approx(3)
-    assert page.cost_to(LINE, 0.25, "seconds", 400) == pytest.approx(7.5)
-    assert page.cost_to(LINE, 0.1, "rollouts", 400) == 0  # where the base is there already
-    assert page.cost_to(LINE, 0.51, "rollouts", 400) is None
+    assert curves.smooth([0.0, 0.3, 0.3, 0.6]) == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    assert curves.smooth([0.3]) == [0.3]
+    assert curves.smooth([]) == []
+    assert curves.cost_to(LINE, 0.25, "rollouts", 400) == pytest.approx(150)
+    assert curves.cost_to(LINE, 0.25, "updates", 400) == pytest.approx(3)
+    assert curves.cost_to(LINE, 0.25, "seconds", 400) == pytest.approx(7.5)
+    assert curves.cost_to(LINE, 0.1, "rollouts", 400) == 0  # where the base is there already
+    assert curves.cost_to(LINE, 0.51, "rollouts", 400) is None
 
 
 def test_what_is_reached_beyond_the_budget_is_not_reached() -> None:
-    assert page.cost_to(LINE, 0.35, "rollouts", 250) == pytest.approx(250)
-    assert page.cost_to(LINE, 0.36, "rollouts", 250) is None
-    assert page.best(LINE, 250) == page.value_at(LINE, 250) == pytest.approx(0.35)
-    assert page.value_at(LINE, 1000) == pytest.approx(0.5)
+    assert curves.cost_to(LINE, 0.35, "rollouts", 250) == pytest.approx(250)
+    assert curves.cost_to(LINE, 0.36, "rollouts", 250) is None
+    assert curves.best(LINE, 250) == curves.value_at(LINE, 250) == pytest.approx(0.35)
+    assert curves.value_at(LINE, 1000) == pytest.approx(0.5)
 
 
 def test_runs_that_do_not_reach_a_target_count_as_beyond_all_others() -> None:
-    assert page.middle([300, None, 100]) == 300
-    assert page.middle([300, None, None]) is None
-    assert page.middle([]) is None
+    assert curves.middle([300, None, 100]) == 300
+    assert curves.middle([300, None, None]) is None
+    assert curves.middle([]) is None
     assert page.with_range([300, None, 100]) == "300 [100, not reached]"
     assert page.with_range([300, 200, 100]) == "200 [100, 300]"
     assert page.with_range([None, None]) == "not reached (0 of 2)"
     assert page.with_range([]) == "missing"
-    assert page.cost_to(LINE | {"failed": "why"}, 0.2, "rollouts", 400) is None
+    assert curves.cost_to(LINE | {"failed": "why"}, 0.2, "rollouts", 400) is None
 
 
 def test_ratios_have_an_interval_and_a_bound() -> None:
@@ -67,7 +68,7 @@ def test_a_step_that_trained_on_nothing_is_a_step_like_others() -> None:
         common | trained | {"clip_fraction/lag=0": 0.0, "rollouts": 10},
         common | {"rollouts": 20} | exam,
     ]
-    found = page.summary(rows, 0.25)
+    found = curves.summary(rows, 0.25)
     assert found["pass@1"] == [0.25, 0.9]
     assert found["updates"] == [0, 4]
     assert found["entropy"] == [0.3, 0.3]
@@ -76,8 +77,8 @@ def test_a_step_that_trained_on_nothing_is_a_step_like_others() -> None:
 
 
 def test_a_collapse_is_the_loss_of_half_of_the_gain() -> None:
-    assert page.collapse(run([0.1, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1])) == 400  # smoothed .1 .37 .5 .37 .23
-    assert page.collapse(LINE) is None
+    assert curves.collapse(run([0.1, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1])) == 400  # smoothed .1 .37 .5 .37 .23
+    assert curves.collapse(LINE) is None
 
 
 def test_orderings_are_decided_by_students_t() -> None:
@@ -89,13 +90,14 @@ def test_orderings_are_decided_by_students_t() -> None:
 
 
 def test_the_mean_over_rollouts_ends_where_it_is_told() -> None:
-    assert page.area(LINE, 400) == pytest.approx(0.3)
-    assert page.area(LINE, 150) == pytest.approx(0.175)
+    assert curves.area(LINE, 400) == pytest.approx(0.3)
+    assert curves.area(LINE, 150) == pytest.approx(0.175)
 
 
 def test_a_cell_is_named_by_all_that_decides_it() -> None:
     study = Study(Path("unused"), 0, Path("unused.json"), Sizes())
     cell = study.cell("a", "grpo", ["optimizer.lr=1e-4", "kl.weight=0"], 0)
+    assert study_of.final(["a.0.b=1", "c=1", "a=2", "a.1=3"]) == ["a=2", "a.1=3", "c=1"]
     same = study.cell("b", "grpo", ["kl.weight=1", "kl.weight=0", "optimizer.lr=1e-4"], 0)
     assert cell.name == same.name
     others = [
@@ -132,6 +134,10 @@ def test_all_settings_are_recipes_that_may_run() -> None:
                     check(arm.recipe, (*arm.keys, *more))
     for keys in (ABLATIONS | DYNAMICS).values():
         check("remix_grpo", keys)
+    for algorithm in ALGORITHMS:
+        extremes = [key for options in arms(algorithm)[-1].rounds for key in options[-1]]
+        for keys in BEYOND[algorithm].values():
+            check(f"remix_{algorithm}", (*extremes, *keys))
 
 
 def test_steps_generate_the_budget() -> None:
@@ -170,6 +176,11 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
     assert "no ratio" not in row
     half = next(line for line in text.splitlines() if line.startswith("| 50%") and "| ReMix |" in line)
     assert "not reached" not in half
+    own, option = (
+        next(row for row in text.splitlines() if row.startswith(f"| {of} |")) for of in ("ReMix itself", "V-trace")
+    )
+    assert own.split(" | ")[3] == option.split(" | ")[3] == "130 [129, 131]"
+    assert option.split(" | ")[1:3] + option.split(" | ")[4:] == ["undecided", "+0 ± 0 (5)", "1.000", "[0.99, 1.01] |"]
     failing = [name for name, cell in study.wanted.items() if cell.what == "remix_grpo, ReMix, 3 to 5 terms"][:2]
     assert len(failing) == 2
     for number, name in enumerate(failing):
