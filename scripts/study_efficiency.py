@@ -109,12 +109,15 @@ def final(keys: Sequence[str]) -> list[str]:
 
 
 def steps_of(recipe: Any, budget: int) -> int:
-    """Training steps that generate at least `budget` rollouts; the first step after a change samples a whole batch."""
+    """Training steps that generate at least `budget` rollouts; the first step after a change samples a whole batch. A
+    phase whose end is not known is taken to go on: its replay samples the least."""
+    from remix.config import StepsTrigger
     from remix.training.schedule import first_step_rollouts, step_rollouts
 
     rollouts = steps = 0
     for phase in recipe.phases:
-        length = phase.until[0].after if phase.until else budget
+        ends = phase.until[0] if phase.until else None
+        length = ends.after if isinstance(ends, StepsTrigger) else budget
         for at in range(length):
             if rollouts >= budget:
                 return steps

@@ -150,6 +150,7 @@ def test_steps_generate_the_budget() -> None:
     assert steps("grpo") == 16
     assert steps("remix_grpo") == 21  # 512, 11 x 304 (38 of 64 prompts are fresh), 9 x 512
     assert steps("remix_ppo", "phases.0.until.0.after=2") == 17  # 512, 307, 15 x 512
+    assert steps("remix_grpo", *BEYOND["grpo"]["reincarnation at a plateau"]) == 27  # 512, 26 x 304
 
 
 def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
