@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -43,9 +43,7 @@ measured: by rollouts to 90% of the gain there, else by what was reached; the si
 what was reached, and then by rollouts among all that was tried. Accuracies are in percent, mean ± standard deviation
 over the seeds that did not fail.
 
-![pass@1 against rollouts](evidence.png)
-
-{sections}
+{picture}{sections}
 {notes}## How it is measured
 
 * Tuning and measuring are on the same {prompts} problems; the range over seeds is that of training. A response of an
@@ -160,14 +158,13 @@ class HasArms(Protocol):
     def chosen(self) -> Mapping[str, Sequence[str] | None]: ...
 
 
-def arms_section(title: str, of: HasArms, budget: float) -> str:
+def arms_section(of: HasArms, budget: float) -> str:
     """Costs to each target, the two comparisons, and the settings that were chosen."""
-    head = f"## {title}\n\n"
     settings = [[name, "missing" if keys is None else setting(keys)] for name, keys in of.chosen.items()]
     chosen = "\n\nSettings beside the recipe's:\n\n" + table(["arm", "keys"], settings) + "\n"
     single = finished(of.runs[SINGLE].values())
     if not single:
-        return head + "The single-pass arm, which sets the targets, is missing." + chosen
+        return "The single-pass arm, which sets the targets, is missing." + chosen
     base, top = gain(single, budget)
     rise = fmean(value_at(run, budget) - value_at(run, 0.75 * budget) for run in single)
     costs, ratios = [], []
@@ -202,7 +199,7 @@ def arms_section(title: str, of: HasArms, budget: float) -> str:
         "Ratios of median rollouts:",
         table(["target (pass@1)", "arms", "ratio", "95% interval", "bar", "aim"], ratios),
     ]
-    return head + "\n\n".join(parts) + chosen
+    return "\n\n".join(parts) + chosen
 
 
 def gain(single: Sequence[Run], budget: float) -> tuple[float, float]:
@@ -215,22 +212,20 @@ def setting(keys: Sequence[str]) -> str:
     return " ".join(f"`{key}`" + " (the grid's edge)" * (key in edges) for key in keys)
 
 
-def dynamics_section(title: str, found: Arms, budget: float, picture: str | None = None) -> str:
+def dynamics_section(found: Arms, budget: float) -> str:
     rows = [dynamics_row(name, [*runs.values()], budget) for name, runs in found.items()]
     note = (
         "Ratios and ESS are to the policy that sampled, the clip fraction is as trained on, each a mean over the steps "
         "that replay. Length and careful chains of the base are those of the first step's responses."
     )
-    shown = f"![pass@1 against rollouts]({picture})\n\n" if picture else ""
-    return f"## {title}\n\n{shown}{note}\n\n{table(DYNAMICS_HEAD, rows)}\n"
+    return f"{note}\n\n{table(DYNAMICS_HEAD, rows)}\n"
 
 
-def beyond_section(title: str, of: HasArms, found: Arms, budget: float) -> str:
+def beyond_section(of: HasArms, found: Arms, budget: float) -> str:
     """What options that are not the paper's add to the tuned ReMix."""
-    head = f"## {title}\n\n"
     single, remix = finished(of.runs[SINGLE].values()), of.runs[REMIX]
     if not single or not remix:
-        return head + "The tuned ReMix, to which the options are added, is missing.\n"
+        return "The tuned ReMix, to which the options are added, is missing.\n"
     target = gain_share(*gain(single, budget), 0.9)
     until = shared_rollouts([remix, *found.values()])
 
@@ -251,7 +246,7 @@ def beyond_section(title: str, of: HasArms, found: Arms, budget: float) -> str:
         f"of runs with one seed, and rollouts to 90% of the on-policy gain ({100 * target:.1f})."
     )
     columns = ["option", "higher", "difference (pairs)", "rollouts", "ratio of medians", "95% interval"]
-    return f"{head}{note}\n\n{table(columns, rows)}\n"
+    return f"{note}\n\n{table(columns, rows)}\n"
 
 
 def shared_rollouts(arms: Iterable[Mapping[int, Run]]) -> float:
@@ -308,16 +303,27 @@ def orderings_section(rows: Sequence[Sequence[str]]) -> str:
         f"{len(rows)} differences over pairs of runs with one seed (mean ± standard error, pairs); undecided: 0 is "
         "within the 95% interval, of one comparison by itself. The paper's ablation is of PPO."
     )
-    return f"## The paper's orderings\n\n{note}\n\n{table(['in the paper', 'holds here', 'difference'], rows)}\n"
+    return f"{note}\n\n{table(['in the paper', 'holds here', 'difference'], rows)}\n"
 
 
-def draw(panels: Mapping[str, Mapping[str, Sequence[Run]]], path: Path) -> None:
-    """A panel for each title: the median curve over seeds of each arm and their range."""
+def join(sections: Mapping[str, tuple[Any, str]]) -> str:
+    """By title; of those that nothing has been run for, the titles alone."""
+    empty = [title for title, (runs, _) in sections.items() if not any(runs)]
+    there = [f"## {title}\n\n{text}" for title, (runs, text) in sections.items() if any(runs)]
+    return "\n".join([*there, f"Not run yet: {'; '.join(empty)}.\n"] if empty else there)
+
+
+def draw(panels: Mapping[str, Arms], path: Path) -> str:
+    """A panel for each title that has runs: the median curve over seeds of each arm and their range. Returns the
+    picture's line for the page, empty where there is nothing to draw."""
+    panels = {title: arms for title, arms in panels.items() if any(finished(r.values()) for r in arms.values())}
+    if not panels:
+        return ""
     figure = Figure(figsize=(10.5, 4.0 * ((len(panels) + 1) // 2)), dpi=130, layout="constrained")
     grid = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False)
     for axes, (title, arms) in zip(grid.flat, panels.items(), strict=False):
         for number, (name, found) in enumerate(arms.items()):
-            runs = finished(found)
+            runs = finished(found.values())
             if not runs:
                 continue
             length = min(len(run["pass@1"]) for run in runs)
@@ -331,6 +337,8 @@ def draw(panels: Mapping[str, Mapping[str, Sequence[Run]]], path: Path) -> None:
         axes.set(title=title, xlabel="rollouts", ylabel="pass@1 (percent)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
+    for axes in [*grid.flat][len(panels) :]:
+        axes.remove()
     figure.savefig(path)
+    return f"![pass@1 against rollouts]({path.name})\n\n"

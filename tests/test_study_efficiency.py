@@ -9,7 +9,7 @@ from scripts import efficiency_curves as curves
 from scripts import efficiency_page as page
 from scripts import study_efficiency as study_of
 from scripts.efficiency_arms import ABLATIONS, ALGORITHMS, BEYOND, DYNAMICS, arms
-from scripts.study_efficiency import Sizes, Study
+from scripts.efficiency_runs import Sizes, Study, final, steps_of
 
 
 def run(values: list[float], **more: object) -> dict[str, object]:
@@ -97,7 +97,7 @@ def test_the_mean_over_rollouts_ends_where_it_is_told() -> None:
 def test_a_cell_is_named_by_all_that_decides_it() -> None:
     study = Study(Path("unused"), 0, Path("unused.json"), Sizes())
     cell = study.cell("a", "grpo", ["optimizer.lr=1e-4", "kl.weight=0"], 0)
-    assert study_of.final(["a.0.b=1", "c=1", "a=2", "a.1=3"]) == ["a=2", "a.1=3", "c=1"]
+    assert final(["a.0.b=1", "c=1", "a=2", "a.1=3"]) == ["a=2", "a.1=3", "c=1"]
     same = study.cell("b", "grpo", ["kl.weight=1", "kl.weight=0", "optimizer.lr=1e-4"], 0)
     assert cell.name == same.name
     others = [
@@ -145,7 +145,7 @@ def test_steps_generate_the_budget() -> None:
 
     def steps(recipe: str, *keys: str) -> int:
         cell = Study(Path("u"), 0, Path("u.json"), Sizes()).cell("", recipe, keys, 0)
-        return study_of.steps_of(load_recipe(cell.path, cell.all_keys), 8192)
+        return steps_of(load_recipe(cell.path, cell.all_keys), 8192)
 
     assert steps("grpo") == 16
     assert steps("remix_grpo") == 21  # 512, 11 x 304 (38 of 64 prompts are fresh), 9 x 512
@@ -160,7 +160,8 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
         study_of.write_page(study, tmp_path / "evidence.md")
         return (tmp_path / "evidence.md").read_text("utf-8")
 
-    assert "The single-pass arm, which sets the targets, is missing." in written()
+    assert "\nNot run yet: GRPO, 3 to 5 terms; " in written()
+    assert not (tmp_path / "evidence.png").exists()
     known = -1
     while known != len(study.results):  # each choice asks for further runs
         known = len(study.results)
@@ -170,7 +171,8 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
             study.results.setdefault(name, run([value + 0.001 * cell.seed % 1 for value in values]))
         text = written()
     assert "| missing" not in text
-    assert "is missing" not in text.split("## How it is measured")[0]
+    assert ", is missing" not in text
+    assert "Not run yet" not in text
     for picture in ("evidence.png", "evidence_dynamics.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     row = next(line for line in text.splitlines() if "ReMix / single pass" in line)
