@@ -39,9 +39,9 @@ themselves; between evaluations curves are straight lines. The on-policy gain is
 over the base within the budget: its best evaluation, averaged over seeds. Costs are the median over seeds and, in
 brackets, the range; a run that does not reach a target, or that failed, counts as beyond all that do (`not reached`).
 Seconds leave evaluation out. Each arm is tuned by the same number of runs on sums of {first} and a seed that is not
-measured: by rollouts to 90% of the gain there, else by what was reached; the single-pass arm, which sets the gain, by
-what was reached, and then by rollouts among all that was tried. Accuracies are in percent, mean ± standard deviation
-over the seeds that did not fail.
+measured: by rollouts to 90% of the gain there, among equals and else by what was reached; the single-pass arm, which
+sets the gain, by what was reached, and then by rollouts among all that was tried. Accuracies are in percent, mean ±
+standard deviation over the seeds that did not fail.
 
 {picture}{sections}
 {notes}## How it is measured

@@ -64,7 +64,8 @@ def tune(study: Study, arm: Arm, score: Score) -> dict[tuple[str, ...], dict[str
 
 
 def scorer(study: Study, single: Mapping[str, Any] | None) -> Score:
-    """Rollouts to 90% of what the single-pass arm gained with the tuning seed, else what was reached."""
+    """Rollouts to 90% of what the single-pass arm gained with the tuning seed; among equals, and where that was not
+    gained, what was reached."""
     budget = study.sizes.budget
 
     def score(run: Mapping[str, Any]) -> tuple[float, ...]:
@@ -73,7 +74,7 @@ def scorer(study: Study, single: Mapping[str, Any] | None) -> Score:
             return (reached,)
         target = curves.gain_share(single["pass@1"][0], curves.best(single, budget), 0.9)
         rollouts = curves.cost_to(run, target, "rollouts", budget)
-        return (0.0, reached) if rollouts is None else (1.0, -rollouts)
+        return (0.0, reached) if rollouts is None else (1.0, -rollouts, reached)
 
     return score
 
