@@ -107,7 +107,7 @@ def ordering(statement: str, differences: Sequence[float]) -> list[str]:
     mean, error = fmean(differences), stdev(differences) / len(differences) ** 0.5
     quantile = T_QUANTILES[min(len(differences), len(T_QUANTILES) + 1) - 2]
     holds = "undecided" if abs(mean) <= quantile * error else "yes" if mean > 0 else "no"
-    return [statement, holds, f"{mean:+.4g} ± {error:.2g} ({len(differences)})"]
+    return [statement, holds, f"{mean:+.3g} ± {error:.2g} ({len(differences)})"]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -213,7 +213,7 @@ def setting(keys: Sequence[str]) -> str:
 
 
 def dynamics_section(found: Arms, budget: float) -> str:
-    rows = [dynamics_row(name, [*runs.values()], budget) for name, runs in found.items()]
+    rows = [dynamics_row(name, [*runs.values()], budget) for name, runs in found.items() if runs]
     note = (
         "Ratios and ESS are to the policy that sampled, the clip fraction is as trained on, each a mean over the steps "
         "that replay. Length and careful chains of the base are those of the first step's responses."
@@ -260,17 +260,18 @@ def saving_rows(name: str, of: HasArms) -> list[list[str]]:
     return [
         ordering(
             f"{name}: ReMix has a higher mean pass@1 over the budget than on-policy with its {other}",
-            paired(remix, of.runs[other], lambda run: area(run, until)),
+            paired(remix, of.runs[other], lambda run: 100 * area(run, until)),
         )
         for other in (SINGLE, PASSES)
     ]
 
 
 def ablation_rows(name: str, found: Arms, paper: Sequence[str], budget: float) -> list[list[str]]:
-    """Neighbours in the paper's order."""
+    """The full method against the others, then neighbours in the paper's order."""
+    full, *rest = paper
     return [
-        ordering(f"{name}: {a} ends above {b}", paired(found[a], found[b], lambda run: value_at(run, budget)))
-        for a, b in pairwise(paper)
+        ordering(f"{name}: {a} ends above {b}", paired(found[a], found[b], lambda run: 100 * value_at(run, budget)))
+        for a, b in [*((full, other) for other in rest), *pairwise(rest)]
     ]
 
 
@@ -278,30 +279,31 @@ def dynamics_rows(found: Arms, budget: float) -> list[list[str]]:
     few, many = found["p = 0.1"], found["p = 0.5"]
 
     def early(run: Run) -> float:
-        return value_at(run, budget / 4)
+        return 100 * value_at(run, budget / 4)
 
     return [
         ordering("p = 0.5 is above p = 0.1 at a quarter of the budget", paired(many, few, early)),
-        ordering("p = 0.1 ends above p = 0.5", paired(few, many, lambda run: value_at(run, budget))),
+        ordering("p = 0.1 ends above p = 0.5", paired(few, many, lambda run: 100 * value_at(run, budget))),
         ordering("p = 0.5 has shorter responses than p = 0.1", paired(few, many, lambda run: min(run["length"]))),
         *(
             ordering(
                 f"a decaying λ ends above {fixed}",
-                paired(found["λ decays"], found[fixed], lambda run: value_at(run, budget)),
+                paired(found["λ decays"], found[fixed], lambda run: 100 * value_at(run, budget)),
             )
             for fixed in ("λ = 1", "λ = 0.5")
         ),
         ordering(
             "without reincarnation, UTD 8 has fewer careful chains at the end than with it",
-            paired(found["UTD 8"], found["T never, UTD 8"], lambda run: run["careful"][-1]),
+            paired(found["UTD 8"], found["T never, UTD 8"], lambda run: 100 * run["careful"][-1]),
         ),
     ]
 
 
 def orderings_section(rows: Sequence[Sequence[str]]) -> str:
     note = (
-        f"{len(rows)} differences over pairs of runs with one seed (mean ± standard error, pairs); undecided: 0 is "
-        "within the 95% interval, of one comparison by itself. The paper's ablation is of PPO."
+        f"{len(rows)} differences over pairs of runs with one seed (mean ± standard error, pairs), in points or, of "
+        "lengths, in tokens; undecided: 0 is within the 95% interval, of one comparison by itself. The paper's "
+        "ablation is of PPO."
     )
     return f"{note}\n\n{table(['in the paper', 'holds here', 'difference'], rows)}\n"
 
