@@ -87,9 +87,29 @@ DYNAMICS_PANELS = {"p": P, "UTD": UTD, "N": WINDOW, "T": UNTIL, "λ": LAMBDA}
 BEYOND = {
     "grpo": {
         "lags by 1/age": ("phases.0.lag_distribution=age",),
-        "lags halving with age": ("phases.0.lag_distribution=geometric",),
         "reincarnation at a plateau": ('phases.0.until=[{"type":"reward_plateau","window":3}]',),
     },
     "ppo": {"V-trace": ("advantage.vtrace_cap=1.0",)},
 }
 """Options that are not the paper's, each added to the tuned ReMix."""
+CHOOSY = "phases.0.window=4"
+"""Replay is choosy only where there is more than it takes."""
+BY_TERMS = "tasks=" + str(
+    [{"type": "arithmetic", "kinds": ["sum"], "min_terms": n, "max_terms": n, "label": f"of{n}"} for n in (3, 4, 5)]
+)
+EIGHT = ("phases.0.utd_ratio=8", "phases.1.utd_ratio=8")
+TAKEN_OUT: dict[str, dict[str, tuple[str, ...]]] = {
+    "grpo": {
+        "at most 8 passes, ended where ESS falls below 0.95": (
+            *EIGHT,
+            "phases.0.ess_floor=0.95",
+            "phases.1.ess_floor=0.95",
+        ),
+        "4 steps' groups, by mean size of advantage": (CHOOSY, "phases.0.prefer=advantage"),
+        "4 steps' groups, nearest one half right": (CHOOSY, "phases.0.prefer=half"),
+        "a task for each number of terms": (BY_TERMS,),
+        "the same, prompts from tasks near one half right": (BY_TERMS, "steering={}"),
+    },
+    "ppo": {},
+}
+"""Options that were tried and lowered nothing: recipes have them no more. Their results are shown, never run again."""

@@ -221,8 +221,9 @@ def dynamics_section(found: Arms, budget: float) -> str:
     return f"{note}\n\n{table(DYNAMICS_HEAD, rows)}\n"
 
 
-def beyond_section(of: HasArms, found: Arms, budget: float) -> str:
+def beyond_section(of: HasArms, found: Arms, taken_out: Iterable[str], budget: float) -> str:
     """What options that are not the paper's add to the tuned ReMix."""
+    gone = [name for name in taken_out if found[name]]
     single, remix = finished(of.runs[SINGLE].values()), of.runs[REMIX]
     if not single or not remix:
         return "The tuned ReMix, to which the options are added, is missing.\n"
@@ -240,10 +241,12 @@ def beyond_section(of: HasArms, found: Arms, budget: float) -> str:
             *compared(costs(runs), costs(remix), budget, ()),
         ]
         for name, runs in found.items()
+        if runs
     ]
     note = (
         "Each option is added to the tuned ReMix and compared with it: points of mean pass@1 over the budget, by pairs "
         f"of runs with one seed, and rollouts to 90% of the on-policy gain ({100 * target:.1f})."
+        + (f" Not in recipes any more, since they lowered nothing: {'; '.join(gone)}." if gone else "")
     )
     columns = ["option", "higher", "difference (pairs)", "rollouts", "ratio of medians", "95% interval"]
     return f"{note}\n\n{table(columns, rows)}\n"

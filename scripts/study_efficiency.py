@@ -33,11 +33,12 @@ from scripts.efficiency_arms import (
     PAPER_ABLATION,
     REMIX,
     SINGLE,
+    TAKEN_OUT,
     TASKS,
     Arm,
     arms,
 )
-from scripts.efficiency_runs import Sizes, Study, final
+from scripts.efficiency_runs import Cell, Sizes, Study, final
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
@@ -110,18 +111,29 @@ def measure(study: Study, algorithm: str, task: str) -> Measured:
     return Measured(algorithm, task, chosen, runs)
 
 
-def variants(
-    study: Study, algorithm: str, keys: Sequence[str] | None, settings: Mapping[str, tuple[str, ...]], seeds: int
-) -> dict[str, Any]:
-    """ReMix on the first task with `keys` and those of each setting; empty as long as `keys` are not tuned."""
+Settings = Mapping[str, tuple[str, ...]]
+
+
+def cells_of(
+    study: Study, algorithm: str, keys: Sequence[str], settings: Settings, seeds: int
+) -> dict[str, list[Cell]]:
+    """ReMix on the first task with `keys` and those of each setting."""
     recipe = f"remix_{algorithm}"
-    cells = {
-        name: [study.cell(f"{recipe}, {name}", recipe, (*(keys or ()), *more), seed) for seed in range(seeds)]
+    return {
+        name: [study.cell(f"{recipe}, {name}", recipe, (*keys, *more), seed) for seed in range(seeds)]
         for name, more in settings.items()
     }
-    if keys is not None:
-        study.run([cell for of_setting in cells.values() for cell in of_setting])
-    return {name: study.runs(of_setting) if keys is not None else {} for name, of_setting in cells.items()}
+
+
+def variants(
+    study: Study, algorithm: str, keys: Sequence[str] | None, settings: Settings, seeds: int
+) -> dict[str, Any]:
+    """Runs of these cells; none as long as `keys` are not tuned."""
+    if keys is None:
+        return {name: {} for name in settings}
+    cells = cells_of(study, algorithm, keys, settings, seeds)
+    study.run([cell for of_setting in cells.values() for cell in of_setting])
+    return {name: study.runs(of_setting) for name, of_setting in cells.items()}
 
 
 def recipes_own(of: Measured) -> tuple[str, ...] | None:
@@ -142,7 +154,9 @@ def ablation(study: Study, algorithm: str) -> dict[str, Any]:
 
 def beyond(study: Study, algorithm: str) -> dict[str, Any]:
     tuned = measure(study, algorithm, FIRST).chosen[REMIX]
-    return variants(study, algorithm, tuned, BEYOND[algorithm], study.sizes.seeds)
+    found = variants(study, algorithm, tuned, BEYOND[algorithm], study.sizes.seeds)
+    gone = cells_of(study, algorithm, tuned or (), TAKEN_OUT[algorithm], study.sizes.seeds)
+    return found | {name: study.runs(cells) for name, cells in gone.items()}
 
 
 def dynamics(study: Study) -> dict[str, Any]:
@@ -187,7 +201,7 @@ def write_page(study: Study, path: Path) -> None:
         **{
             f"Beyond the paper: ReMix-{a.upper()}": (
                 of.values(),
-                page.beyond_section(measured[f"{a.upper()}, {FIRST}"], of, budget),
+                page.beyond_section(measured[f"{a.upper()}, {FIRST}"], of, TAKEN_OUT[a], budget),
             )
             for a, of in added.items()
         },

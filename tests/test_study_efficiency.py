@@ -8,7 +8,7 @@ import pytest
 from scripts import efficiency_curves as curves
 from scripts import efficiency_page as page
 from scripts import study_efficiency as study_of
-from scripts.efficiency_arms import ABLATIONS, ALGORITHMS, BEYOND, DYNAMICS, arms
+from scripts.efficiency_arms import ABLATIONS, ALGORITHMS, BEYOND, DYNAMICS, TAKEN_OUT, arms
 from scripts.efficiency_runs import Sizes, Study, final, steps_of
 
 
@@ -184,6 +184,13 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
     )
     assert own.split(" | ")[3] == option.split(" | ")[3] == "130 [129, 131]"
     assert option.split(" | ")[1:3] + option.split(" | ")[4:] == ["undecided", "+0 ± 0 (5)", "1.000", "[0.99, 1.01] |"]
+    assert "Not in recipes any more" not in text
+    tuned = study_of.measure(study, "grpo", study_of.FIRST).chosen["ReMix"] or ()
+    name, [gone, *_] = next(iter(study_of.cells_of(study, "grpo", tuned, TAKEN_OUT["grpo"], 1).items()))
+    study.results[gone.name] = run([0.1, 0.4, 0.7, 0.7, 0.7])
+    assert f"\n| {name} | missing" in (text := written())  # of one pair
+    assert f"Not in recipes any more, since they lowered nothing: {name}." in text
+    assert gone.name not in study.wanted
     failing = [name for name, cell in study.wanted.items() if cell.what == "remix_grpo, ReMix, 3 to 5 terms"][:2]
     assert len(failing) == 2
     for number, name in enumerate(failing):
