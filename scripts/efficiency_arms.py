@@ -94,9 +94,6 @@ BEYOND = {
 """Options that are not the paper's, each added to the tuned ReMix."""
 CHOOSY = "phases.0.window=4"
 """Replay is choosy only where there is more than it takes."""
-BY_TERMS = "tasks=" + str(
-    [{"type": "arithmetic", "kinds": ["sum"], "min_terms": n, "max_terms": n, "label": f"of{n}"} for n in (3, 4, 5)]
-)
 EIGHT = ("phases.0.utd_ratio=8", "phases.1.utd_ratio=8")
 TAKEN_OUT: dict[str, dict[str, tuple[str, ...]]] = {
     "grpo": {
@@ -107,8 +104,6 @@ TAKEN_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "4 steps' groups, by mean size of advantage": (CHOOSY, "phases.0.prefer=advantage"),
         "4 steps' groups, nearest one half right": (CHOOSY, "phases.0.prefer=half"),
-        "a task for each number of terms": (BY_TERMS,),
-        "the same, prompts from tasks near one half right": (BY_TERMS, "steering={}"),
     },
     "ppo": {},
 }
