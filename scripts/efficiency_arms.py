@@ -103,7 +103,6 @@ TAKEN_OUT: dict[str, dict[str, tuple[str, ...]]] = {
             "phases.1.ess_floor=0.95",
         ),
         "4 steps' groups, by mean size of advantage": (CHOOSY, "phases.0.prefer=advantage"),
-        "4 steps' groups, nearest one half right": (CHOOSY, "phases.0.prefer=half"),
     },
     "ppo": {},
 }
