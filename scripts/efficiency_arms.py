@@ -106,4 +106,4 @@ TAKEN_OUT: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ppo": {},
 }
-"""Options that were tried and lowered nothing: recipes have them no more. Their results are shown, never run again."""
+"""Options that were tried and lowered nothing: recipes do not have them. Their results are shown, never run again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from statistics import fmean, median
 from typing import Any
@@ -13,6 +14,16 @@ Run = Mapping[str, Any]
 """What is kept of a run: of the base and at each evaluation `rollouts`, `pass@1` (a share), `updates`, `seconds`,
 `entropy`, `length`, `careful`; `by_lag`: means over the steps that replay, over all where none does; `failed`: the
 error that ended it, or absent; `took`: all its seconds, on `machine`."""
+Arms = Mapping[str, Mapping[int, Run]]
+"""Runs by seed, by the arm's or the setting's name."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The arms of an algorithm on a task: their chosen keys, None where tuning is not done, and their runs."""
+
+    chosen: Mapping[str, tuple[str, ...] | None]
+    runs: Arms
 
 
 def summary(rows: Sequence[Mapping[str, Any]], base: float) -> dict[str, Any]:

@@ -9,17 +9,15 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context, parent_process
+from functools import cache, partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import yaml
 
 from scripts import efficiency_curves as curves
+from scripts.processes import in_processes
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "embedded"
 CHEAP = ("log.trackers=[]", "log.completions_every=0", "checkpoint.every=0", "checkpoint.best=null")
@@ -128,13 +126,6 @@ def spent(began: float) -> dict[str, Any]:
     return {"took": round(time.perf_counter() - began, 1), "machine": machine}
 
 
-def end_with_parent() -> None:
-    """In a worker: nobody waits for what it writes once the study is killed, and the next one begins the cell anew."""
-    parent = parent_process()
-    if parent is not None:
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 class Study:
     """Runs of cells, several at a time; each once."""
 
@@ -156,19 +147,13 @@ class Study:
         missing = {cell.name: cell for cell in cells if cell.name in failed or cell.name not in self.results}
         if not self.jobs or not missing:
             return
-        with ProcessPoolExecutor(self.jobs, get_context("spawn"), end_with_parent) as pool:
-            futures = {pool.submit(run_cell, cell, self.out): cell for cell in missing.values()}
-            try:
-                for number, future in enumerate(as_completed(futures), 1):
-                    cell, result = futures[future], future.result()
-                    self.results[cell.name] = result
-                    self.tried.add(cell.name)
-                    self.save()
-                    said = result.get("failed") or f"pass@1 {100 * result['pass@1'][-1]:.1f}"
-                    print(f"{number}/{len(missing)}  {cell.what}, seed {cell.seed}: {said}", flush=True)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        finished = in_processes(partial(run_cell, out=self.out), [*missing.values()], self.jobs)
+        for number, (cell, result) in enumerate(finished, 1):
+            self.results[cell.name] = result
+            self.tried.add(cell.name)
+            self.save()
+            said = result.get("failed") or f"pass@1 {100 * result['pass@1'][-1]:.1f}"
+            print(f"{number}/{len(missing)}  {cell.what}, seed {cell.seed}: {said}", flush=True)
 
     def save(self) -> None:
         self.summaries.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,8 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -30,6 +29,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.continual_page import OVERVIEW, PAGE_TEXT, SECTION_TEXT, difference, draw, overview, spread, table
+from scripts.processes import in_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "embedded" / "continual_shapes_sft.yaml"
@@ -222,16 +222,11 @@ class Study:
         for base, captions in {(cell.regime.base, cell.regime.captions) for cell in cells}:
             if base and captions is not None:
                 build_base(self.out / base, captions)
-        with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
-            futures = {cell: pool.submit(run_cell, cell, self.out) for cell in cells}
-            try:
-                for number, (cell, future) in enumerate(futures.items(), 1):
-                    self.results[cell.name] = future.result()
-                    shown = ", ".join(f"{key} {100 * self.results[cell.name][key]:.1f}" for key in ("ACC", "BWT"))
-                    print(f"{what} {number}/{len(cells)}  {cell.method}, seed {cell.seed}: {shown}", flush=True)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        finished = in_processes(partial(run_cell, out=self.out), cells, self.jobs)
+        for number, (cell, result) in enumerate(finished, 1):
+            self.results[cell.name] = result
+            shown = ", ".join(f"{key} {100 * result[key]:.1f}" for key in ("ACC", "BWT"))
+            print(f"{what} {number}/{len(cells)}  {cell.method}, seed {cell.seed}: {shown}", flush=True)
 
     def acc(self, cell: Cell) -> float:
         return float(self.results[cell.name]["ACC"])

@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,12 @@ from scripts.efficiency_arms import (
     Arm,
     arms,
 )
+from scripts.efficiency_curves import Measured
 from scripts.efficiency_runs import Cell, Sizes, Study, final
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "evidence.md"
 TUNING_SEED = 1000
-
 
 Score = Callable[[Mapping[str, Any]], tuple[float, ...]]
 
@@ -80,16 +79,6 @@ def scorer(study: Study, single: Mapping[str, Any] | None) -> Score:
     return score
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The arms of an algorithm on a task: their chosen keys, and their runs by seed."""
-
-    algorithm: str
-    task: str
-    chosen: Mapping[str, tuple[str, ...] | None]
-    runs: Mapping[str, Mapping[int, Mapping[str, Any]]]
-
-
 def measure(study: Study, algorithm: str, task: str) -> Measured:
     chosen: dict[str, tuple[str, ...] | None] = {}
     runs: dict[str, dict[int, dict[str, Any]]] = {}
@@ -108,7 +97,7 @@ def measure(study: Study, algorithm: str, task: str) -> Measured:
         cells = [study.cell(what, arm.recipe, on_task, seed) for seed in range(study.sizes.seeds)]
         study.run(cells)
         runs[arm.name] = study.runs(cells)
-    return Measured(algorithm, task, chosen, runs)
+    return Measured(chosen, runs)
 
 
 Settings = Mapping[str, tuple[str, ...]]

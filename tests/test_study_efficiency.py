@@ -184,13 +184,13 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
     )
     assert own.split(" | ")[3] == option.split(" | ")[3] == "130 [129, 131]"
     assert option.split(" | ")[1:3] + option.split(" | ")[4:] == ["undecided", "+0 ± 0 (5)", "1.000", "[0.99, 1.01] |"]
-    assert "Not in recipes any more" not in text
+    assert "Tried, and not in recipes" not in text
     tuned = study_of.measure(study, "grpo", study_of.FIRST).chosen["ReMix"] or ()
     name, [gone, *_] = next(iter(study_of.cells_of(study, "grpo", tuned, TAKEN_OUT["grpo"], 1).items()))
     study.results[gone.name] = run([0.1, 0.4, 0.7, 0.7, 0.7])
     text = written()
     assert f"\n| {name} | missing" in text  # of one pair
-    assert f"Not in recipes any more, since they lowered nothing: {name}." in text
+    assert f"Tried, and not in recipes since they lowered nothing: {name}." in text
     assert gone.name not in study.wanted
     failing = [name for name, cell in study.wanted.items() if cell.what == "remix_grpo, ReMix, 3 to 5 terms"][:2]
     assert len(failing) == 2

@@ -207,14 +207,14 @@ def test_cispo_by_hand():
     torch.testing.assert_close(gradient(loss, logprobs), weights)
 
 
-# --- the critic ---
-
-
 def test_a_demonstration_pulls_each_token_alike():
     leaf = logs(0.5, 0.25).requires_grad_()
     loss = negative_log_likelihood(leaf)
     torch.testing.assert_close(loss, torch.tensor([[math.log(2), math.log(4)]]))
     assert gradient(loss, leaf).tolist() == [[-1.0, -1.0]]
+
+
+# --- the critic ---
 
 
 def test_value_loss_by_hand():
