@@ -3,6 +3,7 @@ dynamics. Each is a recipe of recipes/embedded with other keys."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 ALGORITHMS = ("grpo", "ppo")
@@ -51,13 +52,13 @@ def arms(algorithm: str) -> list[Arm]:
 HEAVY = "kl.weight=1.0e-2"
 """So that it matters what the KL is to."""
 FIXED = "kl.lambda_schedule=null"
-NEVER = 'phases=[{{"type":"mix_policy","off_policy_fraction":0.4,"window":2,"utd_ratio":{utd}}}]'
+NEVER = 'phases=[{{"type":"mix_policy","off_policy_fraction":{p},"window":{n},"utd_ratio":{utd}}}]'
 ABLATIONS = {
     "full": (HEAVY,),
     "without UTD": (HEAVY, "phases.0.utd_ratio=1"),
     "without KL-Convex": (HEAVY, FIXED),
-    "without reincarnation": (HEAVY, NEVER.format(utd=4)),
-    "without all three": (HEAVY, NEVER.format(utd=1), FIXED),
+    "without reincarnation": (HEAVY, NEVER.format(p=0.4, n=2, utd=4)),
+    "without all three": (HEAVY, NEVER.format(p=0.4, n=2, utd=1), FIXED),
 }
 """Of the recipe's own ReMix with the tuned learning rate, as are the dynamics."""
 PAPER_ABLATION = ("full", "without UTD", "without KL-Convex", "without all three", "without reincarnation")
@@ -74,7 +75,8 @@ P, UTD, WINDOW, UNTIL = (
     over("UTD ", "phases.0.utd_ratio", 4, 1, 2, 4, 8),
     over("N = ", "phases.0.window", 2, 1, 2, 3, 4),
     over("T = ", "phases.0.until.0.after", 12, 6, 12, 24)
-    | {"T never": (NEVER.format(utd=4),), "T never, UTD 8": (NEVER.format(utd=8),)},
+    | {"T never": (NEVER.format(p=0.4, n=2, utd=4),), "T never, UTD 8": (NEVER.format(p=0.4, n=2, utd=8),)}
+    | {"T never, p = 0.75, N = 4": (NEVER.format(p=0.75, n=4, utd=4),)},
 )
 LAMBDA = {
     "λ decays": (HEAVY,),
@@ -84,8 +86,18 @@ LAMBDA = {
 DYNAMICS = P | UTD | WINDOW | UNTIL | LAMBDA
 DYNAMICS_PANELS = {"p": P, "UTD": UTD, "N": WINDOW, "T": UNTIL, "λ": LAMBDA}
 
+APART = "tasks={}".format(
+    json.dumps(
+        [
+            {"type": "arithmetic", "label": f"of{n}", "min_terms": n, "max_terms": n, "size": size, "weight": size}
+            for n, size in ((3, 600), (4, 1748), (5, 1748))
+        ]
+    )
+)
+"""The first task's sums, as a task for each number of terms."""
 BEYOND = {
     "grpo": {
+        "a task for each number of terms": (APART,),
         "lags by 1/age": ("phases.0.lag_distribution=age",),
         "reincarnation at a plateau": ('phases.0.until=[{"type":"reward_plateau","window":3}]',),
     },
@@ -103,6 +115,8 @@ TAKEN_OUT: dict[str, dict[str, tuple[str, ...]]] = {
             "phases.1.ess_floor=0.95",
         ),
         "4 steps' groups, by mean size of advantage": (CHOOSY, "phases.0.prefer=advantage"),
+        "4 steps' groups, near one half right": (CHOOSY, "phases.0.prefer=half"),
+        "a task for each number of terms, drawn near one half right": (APART, "steering={}"),
     },
     "ppo": {},
 }
