@@ -1,4 +1,4 @@
-"""Every command that the README shows, run."""
+"""Every command that the README and the pages of use show, run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from remix import cli
 from tests.tiny import ROOT
 
 README = (ROOT / "README.md").read_text()
+USE = ["README.md", *(f"docs/{name}.md" for name in ("training", "evaluation", "merging", "performance"))]
+LINES = [line for page in USE for line in (ROOT / page).read_text(encoding="utf-8").splitlines()]
 COMMANDS = [
-    line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    (bash|remix|accelerate|python) ", line)
+    *dict.fromkeys(
+        line.split("#")[0].strip() for line in LINES if re.match(r"    (bash|remix|accelerate|python) ", line)
+    )
 ]
 QUICK = ["max_steps=1", "eval.prompts=4", "batch.prompts=8"]
 WITHOUT_RECIPE = ("merge", "continual", "watch", "schema", "report")
@@ -24,8 +28,8 @@ ELSEWHERE = {"bash scripts/test.sh"}  # what runs this
 
 @pytest.mark.slow
 def test_every_command_runs(tmp_path: Path) -> None:
-    """In the README's order, since one resumes what another began, from a copy so that runs/ stays clean."""
-    assert len(COMMANDS) >= 7
+    """In the pages' order, since one resumes what another began, from a copy so that runs/ stays clean."""
+    assert len(COMMANDS) >= 17
     for name in ("eval", "recipes", "scripts", "remix", ".venv", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"}
