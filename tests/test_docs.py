@@ -163,5 +163,11 @@ def test_every_command_is_one(name: str, command: str, monkeypatch: pytest.Monke
             load_recipe(recipe, overrides)
 
 
+def test_the_recipe_for_a_model_of_ones_own_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n# mine\.yaml\n(.*?)```", page("training.md"), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    assert cli.main(["plan", str(tmp_path / "mine.yaml")]) == 0
+
+
 def test_the_pages_have_commands() -> None:
     assert {name for name, _ in ALL} >= {*EXPLAINING, "scale.md"}

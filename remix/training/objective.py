@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -68,14 +69,17 @@ class Objective:
         batch, config = inputs.batch, self.config
         policies = (inputs.logprobs, batch.behaviour_logprobs, batch.proximal_logprobs, batch.advantages)
         clip_low, clip_high = config.clip_low, config.clip_high
-        if config.type == "sft":
-            return negative_log_likelihood(inputs.logprobs)
-        if config.type == "gspo":
-            loss = gspo(*policies, batch.response_mask, clip_low=clip_low, clip_high=clip_high)
-        elif config.type == "cispo":
-            loss = cispo(*policies, clip_low=clip_low, clip_high=clip_high)
-        else:
-            loss = mix_ppg(*policies, clip_low=clip_low, clip_high=clip_high)
+        match config.type:
+            case "sft":
+                return negative_log_likelihood(inputs.logprobs)
+            case "gspo":
+                loss = gspo(*policies, batch.response_mask, clip_low=clip_low, clip_high=clip_high)
+            case "cispo":
+                loss = cispo(*policies, clip_low=clip_low, clip_high=clip_high)
+            case "mix_ppg":
+                loss = mix_ppg(*policies, clip_low=clip_low, clip_high=clip_high)
+            case unknown:
+                assert_never(unknown)
         if self.sampler_weight_cap is not None:
             loss = loss * truncated_importance_weight(
                 batch.behaviour_logprobs, batch.sampler_logprobs, self.sampler_weight_cap
