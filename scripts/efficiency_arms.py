@@ -95,11 +95,15 @@ APART = "tasks={}".format(
     )
 )
 """The first task's sums, as a task for each number of terms."""
+SORTED = "ReMix itself, a task for each number of terms"
+STEERED = "tasks drawn by how near one half right they are"
+CONTROLS = {STEERED: SORTED}
+"""What an option is compared with, where it is not ReMix itself."""
 BEYOND = {
     "grpo": {
-        "a task for each number of terms": (APART,),
         "lags by 1/age": ("phases.0.lag_distribution=age",),
         "reincarnation at a plateau": ('phases.0.until=[{"type":"reward_plateau","window":3}]',),
+        SORTED: (APART,),
     },
     "ppo": {"V-trace": ("advantage.vtrace_cap=1.0",)},
 }
@@ -116,7 +120,7 @@ TAKEN_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "4 steps' groups, by mean size of advantage": (CHOOSY, "phases.0.prefer=advantage"),
         "4 steps' groups, near one half right": (CHOOSY, "phases.0.prefer=half"),
-        "a task for each number of terms, drawn near one half right": (APART, "steering={}"),
+        STEERED: (APART, "steering={}"),
     },
     "ppo": {},
 }

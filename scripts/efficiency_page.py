@@ -214,8 +214,11 @@ def dynamics_section(found: Arms, budget: float) -> str:
     return f"{note}\n\n{table(DYNAMICS_HEAD, rows)}\n{left}"
 
 
-def beyond_section(of: Measured, found: Arms, taken_out: Iterable[str], budget: float) -> str:
-    """What options that are not the paper's add to the tuned ReMix."""
+def beyond_section(
+    of: Measured, found: Arms, taken_out: Iterable[str], controls: Mapping[str, str], budget: float
+) -> str:
+    """What options that are not the paper's add to the tuned ReMix; `controls`: what an option is compared with where
+    it is not that."""
     gone = [name for name in taken_out if found[name]]
     single, remix = finished(of.runs[SINGLE].values()), of.runs[REMIX]
     if not single or not remix:
@@ -226,19 +229,22 @@ def beyond_section(of: Measured, found: Arms, taken_out: Iterable[str], budget: 
     def costs(runs: Mapping[int, Run]) -> list[float | None]:
         return [cost_to(run, target, "rollouts", budget) for run in runs.values()]
 
-    rows = [["ReMix itself", "", "", with_range(costs(remix)), "", ""]]
-    rows += [
-        [
-            *ordering(name, paired(runs, remix, lambda run: 100 * area(run, until))),
+    def row(name: str, runs: Mapping[int, Run]) -> list[str]:
+        if runs is remix or name in controls.values():
+            return [name, "", "", with_range(costs(runs)), "", ""]
+        base = found[controls[name]] if name in controls else remix
+        return [
+            *ordering(name, paired(runs, base, lambda run: 100 * area(run, until))),
             with_range(costs(runs)),
-            *compared(costs(runs), costs(remix), budget, ()),
+            *compared(costs(runs), costs(base), budget, ()),
         ]
-        for name, runs in found.items()
-        if runs
-    ]
+
+    rows = [row(name, runs) for name, runs in {"ReMix itself": remix, **found}.items() if runs]
+    others = [f"{name}, with {control}" for name, control in controls.items() if found.get(name)]
     note = (
         "Each option is added to the tuned ReMix and compared with it: points of mean pass@1 over the budget, by pairs "
         f"of runs with one seed, and rollouts to 90% of the on-policy gain ({100 * target:.1f})."
+        + (f" Held-out problems are others, and the comparison is of {'; '.join(others)}." if others else "")
         + (f" Tried, and not in recipes since they lowered nothing: {'; '.join(gone)}." if gone else "")
     )
     columns = ["option", "higher", "difference (pairs)", "rollouts", "ratio of medians", "95% interval"]

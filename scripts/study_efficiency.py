@@ -26,6 +26,7 @@ from scripts.efficiency_arms import (
     ABLATIONS,
     ALGORITHMS,
     BEYOND,
+    CONTROLS,
     DYNAMICS,
     DYNAMICS_PANELS,
     FIRST,
@@ -190,7 +191,7 @@ def write_page(study: Study, path: Path) -> None:
         **{
             f"Beyond the paper: ReMix-{a.upper()}": (
                 of.values(),
-                page.beyond_section(measured[f"{a.upper()}, {FIRST}"], of, TAKEN_OUT[a], budget),
+                page.beyond_section(measured[f"{a.upper()}, {FIRST}"], of, TAKEN_OUT[a], CONTROLS, budget),
             )
             for a, of in added.items()
         },

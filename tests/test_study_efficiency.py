@@ -8,7 +8,7 @@ import pytest
 from scripts import efficiency_curves as curves
 from scripts import efficiency_page as page
 from scripts import study_efficiency as study_of
-from scripts.efficiency_arms import ABLATIONS, ALGORITHMS, BEYOND, DYNAMICS, TAKEN_OUT, arms
+from scripts.efficiency_arms import ABLATIONS, ALGORITHMS, BEYOND, DYNAMICS, SORTED, STEERED, TAKEN_OUT, arms
 from scripts.efficiency_runs import Sizes, Study, final, steps_of
 
 
@@ -192,6 +192,13 @@ def test_a_page_of_nothing_and_of_made_up_results(tmp_path: Path) -> None:
     assert f"\n| {name} | missing" in text  # of one pair
     assert f"Tried, and not in recipes since they lowered nothing: {name}." in text
     assert gone.name not in study.wanted
+    both = {SORTED: BEYOND["grpo"][SORTED], STEERED: TAKEN_OUT["grpo"][STEERED]}
+    for cells in study_of.cells_of(study, "grpo", tuned, both, 5).values():
+        study.results |= {cell.name: run([0.1, 0.5, 0.8, 0.8, 0.8]) for cell in cells}
+    text = written()
+    assert f"\n| {SORTED} |  |  | " in text
+    assert f"\n| {STEERED} | undecided | +0 ± 0 (5) |" in text  # where ReMix itself is ten points lower
+    assert f"the comparison is of {STEERED}, with {SORTED}." in text
     failing = [name for name, cell in study.wanted.items() if cell.what == "remix_grpo, ReMix, 3 to 5 terms"][:2]
     assert len(failing) == 2
     for number, name in enumerate(failing):
