@@ -1,4 +1,4 @@
-"""Who may know whom: a lower floor never imports a higher one, and a heavy library enters through few doors."""
+"""Who may know whom: no floor imports a higher one, a heavy library enters through few doors. And nothing is long."""
 
 from __future__ import annotations
 
@@ -181,3 +181,17 @@ def test_every_public_name_is_there() -> None:
 
     assert {name: hasattr(remix, name) for name in remix.__all__} == dict.fromkeys(remix.__all__, True)
     assert remix._HOMES.keys() == set(remix.__all__)
+
+
+@pytest.mark.parametrize("folder", ["remix", "scripts", "tests"])
+def test_no_file_and_no_function_is_long(folder: str) -> None:
+    """At most 400 lines and 60."""
+    long: list[str] = []
+    for file in sorted((PACKAGE.parent / folder).rglob("*.py")):
+        source, where = file.read_text(encoding="utf-8"), file.relative_to(PACKAGE.parent)
+        if len(source.splitlines()) > 400:
+            long.append(f"{where}")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{where}: {node.name}")
+    assert long == []

@@ -188,6 +188,16 @@ def opened(recipe: Recipe, *, resume: bool = False) -> Iterator[Any]:
         yield trainer
 
 
+def run(recipe: Recipe, *, resume: bool = False) -> dict[str, torch.Tensor]:
+    """A run to its end; copies of all trained parameters."""
+    from remix.training.finish import finish
+
+    with opened(recipe, resume=resume) as trainer:
+        trainer.fit()
+        finish(trainer, "test.yaml")
+        return weights_of(trainer)
+
+
 def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
     """Copies of all trained parameters."""
     return {name: tensor.clone() for name, tensor in trainer.policy.weights(with_base=False).items()}

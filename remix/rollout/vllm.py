@@ -98,13 +98,8 @@ class VLLMEngine:
         images: int = 0,
         never: Sequence[int] = (),
     ) -> None:
-        """Raises ValueError where there are no safetensors weights: others would run code as they are read.
-
-        Long by vLLM's options alone, which stand here with their reasons.
-        """
-        # vLLM keeps its process groups in globals of the process: closing one engine would take them from another.
-        if VLLMEngine._open is not None and VLLMEngine._open() is not None:
-            raise RuntimeError("Another VLLMEngine is open in this process. Close it first: engine.close().")
+        """Raises ValueError where there are no safetensors weights: others would run code as they are read."""
+        self._refuse_a_second()
         self._model_path = model_path
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
@@ -115,9 +110,7 @@ class VLLMEngine:
         self._never = tuple(never)
         self._sleeps = sleep
         model = ModelConfig(path=model_path, revision=revision, trust_remote_code=trust_remote_code)
-        sees = sees_images(model)
-        if sees:
-            check_vllm(model_path)
+        of_images = _image_options(model, images)
         self._places = Places(load_processor(model, needed=True)) if images else None
         with _trainer_undisturbed(), _clear_where_no_weights(model_path):
             _say_who_the_rank_is()
@@ -133,11 +126,9 @@ class VLLMEngine:
                 **_cpu_options(max_model_len, kv_cache_gib, enforce_eager=enforce_eager),
                 seed=seed,
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
-                skip_tokenizer_init=not sees,  # token ids in, token ids out; a processor of images needs it
-                limit_mm_per_prompt={"image": images, "video": 0} if sees else {},
+                **of_images,
                 use_tqdm_on_load=False,
-                enable_lora=lora is not None,
-                **({} if lora is None else {"max_lora_rank": _rank_slots(lora["r"]), "max_loras": 1}),
+                **_lora_options(lora),
                 enable_sleep_mode=sleep and not current_platform.is_cpu(),
                 async_scheduling=False,  # a batch scheduled ahead would outlive its call
                 distributed_executor_backend="external_launcher" if self._shares_process_group else "uni",
@@ -148,6 +139,12 @@ class VLLMEngine:
         with _trainer_undisturbed():
             self._fall_asleep()
         VLLMEngine._open = weakref.ref(self)
+
+    @classmethod
+    def _refuse_a_second(cls) -> None:
+        # vLLM keeps its process groups in globals of the process: closing one engine would take them from another.
+        if cls._open is not None and cls._open() is not None:
+            raise RuntimeError("Another VLLMEngine is open in this process. Close it first: engine.close().")
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in order. Under temperature 0 log-probs are those at temperature 1."""
@@ -300,10 +297,20 @@ def _cpu_options(max_model_len: int, kv_cache_gib: float, *, enforce_eager: bool
     }
 
 
-def _rank_slots(rank: int) -> int:
-    """The next rank that vLLM has kernels for."""
+def _image_options(model: ModelConfig, images: int) -> dict[str, Any]:
+    """Token ids in, token ids out; but a processor of images needs the tokenizer."""
+    if not sees_images(model):
+        return {"skip_tokenizer_init": True}
+    check_vllm(model.path)
+    return {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": images, "video": 0}}
+
+
+def _lora_options(lora: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Room for one LoRA, of the next rank that vLLM has kernels for."""
+    if lora is None:
+        return {}
     slots: tuple[int, ...] = get_args(MaxLoRARanks)
-    return next(size for size in slots if size >= rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(size for size in slots if size >= lora["r"])}
 
 
 def _completion(output: Any) -> Completion:

@@ -61,8 +61,7 @@ def open_trainer(
     """A trainer ready to `fit`, from the newest whole checkpoint where there is one to resume from.
 
     `allow_changed`: go on although the recipe is not the one that the run was begun with. Closes what it opened.
-    Raises ValueError for whatever the recipe asks that cannot be had. Long, since all parts meet here: each line
-    makes one or hands it on.
+    Raises ValueError for whatever the recipe asks that cannot be had.
     """
     run_dir = Path(recipe.run_dir)
     cluster.check_alike("the recipe", dump_recipe(recipe))
@@ -73,22 +72,15 @@ def open_trainer(
     updater = Updater(recipe, policy, Objective(recipe), cluster)
     replay = ReplayBuffer(max(phase.window for phase in recipe.phases))
     alignment = _build_alignment(recipe, policy, updater)  # before a checkpoint makes the policy what it became
-
     with ExitStack() as stack:
-        if cluster.is_main:
-            stack.callback(lock_run(run_dir).close)
-            checkpoint.recover(run_dir)
-        cluster.barrier("the run directory")
+        _take_hold(run_dir, cluster, stack)
         saved = checkpoint.load_newest(run_dir, progress.message) if resume else None
-        if saved is None:
-            if resume:
-                progress.message(f"{run_dir} holds no checkpoint yet: from the beginning")
-            state = TrainState()
-            policy.reference = policy.snapshot() if recipe.kl.weight else None
-        else:
+        if saved is not None:
             changes = check_same_run(saved, recipe, identity, allow_changed=allow_changed)
             state = from_checkpoint(saved, policy, updater, replay, run_dir, rank=cluster.rank)
             _tell_resumed(state, changes, moved_on(saved, cluster.world_size), progress)
+        else:
+            state = _from_the_beginning(recipe, policy, progress, resume=resume)
         cluster.check_alike("the step that the run goes on from", state.step)
         rewards = stack.enter_context(RewardSuite(recipe.rewards))
         exams = build_exams(recipe, policy, held_out, rewards, stack)
@@ -96,10 +88,7 @@ def open_trainer(
         stack.callback(cluster.forget)  # or a run after this one in the process would find its model beside its own
         stack.callback(engine.close)
         log = _open_log(recipe, state, enabled=cluster.is_main)
-        stack.callback(cluster.stop_trackers)
-        share = trained_share(policy.module.lm)
-        plain = recipe.model_dump(mode="json") | {"trained_parameters": share.trained, "trained_share": share.share}
-        cluster.start_trackers(run_dir, plain, read_metrics(run_dir) if cluster.is_main else [])
+        _start_trackers(recipe, policy, cluster, stack)
         yield Trainer(
             recipe=recipe,
             run_dir=run_dir,
@@ -182,12 +171,27 @@ def _refuse_sleep(recipe: Recipe, device: torch.device) -> None:
         )
 
 
+def _from_the_beginning(recipe: Recipe, policy: Policy, progress: Progress, *, resume: bool) -> TrainState:
+    if resume:
+        progress.message(f"{recipe.run_dir} holds no checkpoint yet: from the beginning")
+    policy.reference = policy.snapshot() if recipe.kl.weight else None
+    return TrainState()
+
+
 def _tell_resumed(state: TrainState, changes: Sequence[str], moved: Sequence[str], progress: Progress) -> None:
     """Where the run goes on, and by what it is no longer exactly the one that was begun."""
     state.changes += [f"step {state.step}: {change}" for change in changes]
     progress.step, progress.base_pass_at_1 = state.step, state.base_pass_at_1
     for change in [*changes, *moved]:
         progress.message(f"resumed at step {state.step}, no longer exactly the run it was: {change}")
+
+
+def _take_hold(run_dir: Path, cluster: Cluster, stack: ExitStack) -> None:
+    """No other process trains there until `stack` is closed; all ranks wait for that."""
+    if cluster.is_main:
+        stack.callback(lock_run(run_dir).close)
+        checkpoint.recover(run_dir)
+    cluster.barrier("the run directory")
 
 
 def lock_run(run_dir: Path) -> IO[str]:
@@ -212,6 +216,15 @@ def _open_log(recipe: Recipe, state: TrainState, *, enabled: bool) -> RunLog:
     if enabled:
         write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
     return log
+
+
+def _start_trackers(recipe: Recipe, policy: Policy, cluster: Cluster, stack: ExitStack) -> None:
+    """They are told the recipe, how much of the model it trains, and what the run has logged so far."""
+    stack.callback(cluster.stop_trackers)
+    share = trained_share(policy.module.lm)
+    plain = recipe.model_dump(mode="json") | {"trained_parameters": share.trained, "trained_share": share.share}
+    run_dir = Path(recipe.run_dir)
+    cluster.start_trackers(run_dir, plain, read_metrics(run_dir) if cluster.is_main else [])
 
 
 def _encoded(tasks: Sequence[TaskSet], recipe: Recipe, tokenizer: Any, processor: Any) -> list[TaskSet]:

@@ -25,7 +25,7 @@ from remix.models.layers import trained_layers
 from remix.models.policy import Policy, token_tensors
 from remix.rollout.hf import HFEngine
 from remix.types import Request, Rollout, Sampling
-from tests.models.test_policy import (
+from tests.models.policies import (
     CPU,
     MERGED,
     ROLLOUTS,

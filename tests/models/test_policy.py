@@ -1,115 +1,30 @@
-"""Log-probs are transformers' own, anchors are the models that they stand for, exports are what was trained."""
+"""Log-probs are transformers' own, anchors are the models that they stand for."""
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from remix.config import LoraAdapter
 from remix.models.actor_critic import ActorCritic
-from remix.models.adapters import ADAPTER, add_adapter, checkpoint_weights, merge_adapter, save_model
-from remix.models.loading import load_actor_critic, load_tokenizer
+from remix.models.adapters import save_model
 from remix.models.policy import Policy, token_tensors
-from remix.types import Batch, Rollout
-from tests.tiny import make_tiny_model, tiny_recipe
-
-CPU = torch.device("cpu")
-LORAS = {
-    "lora": {"type": "lora", "rank": 4, "alpha": 8},
-    "rslora": {"type": "lora", "rank": 4, "alpha": 8, "rslora": True},
-    "dora": {"type": "lora", "rank": 4, "alpha": 8, "dora": True},
-}
-
-
-@pytest.fixture(params=["tied", "untied"])
-def any_model(request: pytest.FixtureRequest, tiny_model: Path, tiny_untied_model: Path) -> Path:
-    return tiny_model if request.param == "tied" else tiny_untied_model
-
-
-def made(length: tuple[int, int], seed: int) -> Rollout:
-    generator = torch.Generator().manual_seed(seed)
-    prompt, response = (torch.randint(2, 16, (n,), generator=generator) for n in length)
-    return Rollout(
-        prompt_ids=prompt,
-        response_ids=response,
-        sampler_logprobs=torch.zeros(length[1]),
-        policy_version=0,
-        finish_reason="length",
-        seed=seed,
-        text="",
-    )
-
-
-ROLLOUTS = [made(length, i) for i, length in enumerate([(3, 5), (1, 1), (7, 2), (2, 11), (4, 4)])]
-
-
-def policy_of(path: Path, /, temperature: float = 1.0, **changes: Any) -> Policy:
-    recipe = tiny_recipe(path, Path("unused"), {"rollout": {"temperature": temperature}, **changes})
-    tokenizer = load_tokenizer(recipe.model)
-    module = load_actor_critic(recipe, tokenizer, CPU)
-    return Policy(module, tokenizer, device=CPU, temperature=temperature)
-
-
-def scored(policy: Policy, budget: int = 10_000, anchor: dict[str, Tensor] | None = None) -> list[Tensor]:
-    return [score.logprobs for score in policy.score(ROLLOUTS, tokens_per_microbatch=budget, anchor=anchor)]
-
-
-@torch.no_grad()
-def plain_logprobs(lm: Any, temperature: float = 1.0) -> list[Tensor]:
-    """One sequence at a time, by transformers alone."""
-    lm.eval()
-    found = []
-    for rollout in ROLLOUTS:
-        ids = torch.cat([rollout.prompt_ids, rollout.response_ids])
-        logits = lm(ids[None]).logits[0, len(rollout.prompt_ids) - 1 : -1]
-        found.append((logits / temperature).log_softmax(-1).gather(-1, rollout.response_ids[:, None])[:, 0])
-    return found
-
-
-def plain(model: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-
-MERGED = 5e-5
-"""W + BA is rounded once more than Wx + BAx: two or three units in the last place of logits of about 10."""
-
-
-def assert_close(a: list[Tensor], b: list[Tensor], atol: float = 1e-5) -> None:
-    assert len(a) == len(b)
-    for one, other in zip(a, b, strict=True):
-        torch.testing.assert_close(one, other, atol=atol, rtol=0)
-
-
-def differ(a: list[Tensor], b: list[Tensor]) -> float:
-    return max((one - other).abs().max().item() for one, other in zip(a, b, strict=True))
-
-
-def moved(policy: Policy, seed: int = 1, scale: float = 0.03) -> None:
-    """Away from where it was, in every trained parameter of the policy: B of a LoRA is no longer 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in policy.module.named_parameters():
-            if parameter.requires_grad and name.startswith("lm."):
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-
-
-def bits(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_unchanged(module: torch.nn.Module, before: dict[str, Tensor]) -> None:
-    after = module.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-
+from tests.models.policies import (
+    LORAS,
+    ROLLOUTS,
+    assert_close,
+    assert_unchanged,
+    batch_of,
+    bits,
+    differ,
+    moved,
+    plain,
+    plain_logprobs,
+    policy_of,
+    scored,
+)
+from tests.tiny import make_tiny_model
 
 # --- log-probs ----------------------------------------------------------------------------------------------------
 
@@ -154,11 +69,6 @@ def test_chunked_logits_are_the_unchunked(any_model: Path, estimator: str) -> No
             assert gradient.abs().max() > 0, name
             scale = gradient.abs().max().item()
             torch.testing.assert_close(other_gradients[name], gradient, atol=1e-5 * max(scale, 1.0), rtol=1e-4)
-
-
-def batch_of(ids: Tensor, mask: Tensor) -> Batch:
-    zero = torch.zeros(mask.shape)
-    return Batch(ids, mask, zero, zero, zero, zero, torch.zeros(len(ids), dtype=torch.long))
 
 
 @torch.no_grad()
@@ -262,145 +172,6 @@ def test_the_precedent_is_one_step_behind(tiny_model: Path) -> None:
     policy.begin_step(keep_precedent=False)
     assert policy.precedent is not None
     assert all(torch.equal(policy.precedent[name], seen[1][name]) for name in seen[1]), "nobody asked: nothing moved"
-
-
-# --- adapters -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["lora", "rslora"])
-def test_merging_keeps_the_policy_and_starts_a_fresh_adapter(tiny_model: Path, kind: str) -> None:
-    policy = policy_of(tiny_model, adapter=LORAS[kind])
-    moved(policy)
-    before = scored(policy)
-    assert differ(before, plain_logprobs(plain(tiny_model))) > 0.1
-    old_a = {n: p.clone() for n, p in policy.module.named_parameters() if ".lora_A." in n}
-    trained = [n for n, p in policy.module.named_parameters() if p.requires_grad]
-
-    merge_adapter(policy.module.lm)
-
-    assert_close(scored(policy), before, MERGED)
-    with policy.module.lm.disable_adapter():
-        assert_close(scored(policy), before, MERGED)
-    parameters = dict(policy.module.named_parameters())
-    assert all((p == 0).all() for n, p in parameters.items() if ".lora_B." in n)
-    assert all(not torch.equal(parameters[n], a) for n, a in old_a.items())
-    assert [n for n, p in parameters.items() if p.requires_grad] == trained
-
-    moved(policy)  # the fresh adapter is in force
-    assert differ(scored(policy), before) > 0.1
-    again = scored(policy)
-    merge_adapter(policy.module.lm)
-    assert_close(scored(policy), again, MERGED)
-
-
-@pytest.mark.parametrize("kind", LORAS)
-def test_checkpoint_weights_are_the_policy_under_the_bases_names(any_model: Path, kind: str) -> None:
-    policy = policy_of(any_model, adapter=LORAS[kind])
-    moved(policy)
-    expected, before = scored(policy), bits(policy.module)
-    weights = dict(checkpoint_weights(policy.module.lm))
-
-    base = plain(any_model)
-    assert {n: t.shape for n, t in weights.items()} == {n: t.shape for n, t in base.state_dict().items()}
-    assert_unchanged(policy.module, before)
-    assert differ(scored(policy), expected) == 0
-    base.load_state_dict(weights)
-    assert_close(plain_logprobs(base), expected, MERGED)
-
-
-def test_checkpoint_weights_after_a_merge(tiny_model: Path) -> None:
-    policy = policy_of(tiny_model, adapter=LORAS["lora"])
-    moved(policy, seed=1)
-    merge_adapter(policy.module.lm)
-    moved(policy, seed=2)
-    base = plain(tiny_model)
-    base.load_state_dict(dict(checkpoint_weights(policy.module.lm)))
-    assert_close(plain_logprobs(base), scored(policy), MERGED)
-
-
-def test_checkpoint_weights_without_an_adapter_are_the_models(any_model: Path) -> None:
-    policy = policy_of(any_model)
-    weights = dict(checkpoint_weights(policy.module.lm))
-    assert weights.keys() == plain(any_model).state_dict().keys()
-    assert all(torch.equal(weights[n], t) for n, t in policy.module.lm.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", LORAS)
-def test_a_saved_adapter_is_one_that_peft_loads(any_model: Path, tmp_path: Path, kind: str) -> None:
-    policy = policy_of(any_model, adapter=LORAS[kind])
-    moved(policy)
-    save_model(policy.module.lm, policy.tokenizer, tmp_path, base_changed=False)
-    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 1000
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (saved["r"], saved["lora_alpha"]) == (4, 8)
-    assert (saved["use_rslora"], saved["use_dora"]) == (kind == "rslora", kind == "dora")
-    assert not (tmp_path / ADAPTER).exists()
-    assert (tmp_path / "tokenizer.json").exists()
-
-    loaded = PeftModel.from_pretrained(plain(any_model), tmp_path)
-    assert_close(plain_logprobs(loaded), scored(policy))
-    assert differ(plain_logprobs(plain(any_model)), scored(policy)) > 0.1
-    # Once more over what is there, as a resumed run would.
-    save_model(policy.module.lm, policy.tokenizer, tmp_path, base_changed=False)
-    assert_close(plain_logprobs(PeftModel.from_pretrained(plain(any_model), tmp_path)), scored(policy))
-
-
-@pytest.mark.parametrize("kind", LORAS)
-def test_an_adapter_on_a_changed_base_is_saved_merged(any_model: Path, tmp_path: Path, kind: str) -> None:
-    policy = policy_of(any_model, adapter=LORAS[kind])
-    moved(policy)
-    before = bits(policy.module)
-    save_model(policy.module.lm, policy.tokenizer, tmp_path, base_changed=True)
-    assert not (tmp_path / "adapter_config.json").exists()
-    assert_close(plain_logprobs(plain(tmp_path)), scored(policy), MERGED)
-    assert_unchanged(policy.module, before)
-
-
-def test_full_weights_are_saved_as_a_model(any_model: Path, tmp_path: Path) -> None:
-    policy = policy_of(any_model, advantage={"type": "gae", "critic": {"type": "separate"}})
-    moved(policy)
-    save_model(policy.module.lm, policy.tokenizer, tmp_path, base_changed=False)
-    loaded = plain(tmp_path)
-    assert loaded.state_dict().keys() == plain(any_model).state_dict().keys(), "no critic in it"
-    assert_close(plain_logprobs(loaded), scored(policy))
-
-
-@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "embed_tokens"]])
-def test_an_adapter_on_the_head_is_refused(tiny_untied_model: Path, targets: list[str]) -> None:
-    with pytest.raises(ValueError, match="leave out the embedding and the output head"):
-        add_adapter(plain(tiny_untied_model), LoraAdapter(targets=tuple(targets)))
-
-
-# --- weights in and out -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("adapter", [{"type": "none"}, LORAS["lora"]], ids=["full", "lora"])
-def test_weights_go_out_and_come_back(tiny_model: Path, adapter: dict[str, Any]) -> None:
-    changes = {"adapter": adapter, "advantage": {"type": "gae", "critic": {"type": "shared"}}}
-    policy = policy_of(tiny_model, **changes)
-    moved(policy)
-    weights = {n: t.clone() for n, t in policy.weights(with_base=False).items()}
-    assert {"value_head.weight", "value_head.bias"} <= weights.keys()
-    other = policy_of(tiny_model, **changes)
-    other.load_weights(weights)
-    assert differ(scored(policy), scored(other)) == 0
-
-    with pytest.raises(ValueError, match="does not fit the recipe's model"):
-        other.load_weights({n: t for n, t in weights.items() if n != "value_head.bias"})
-    with pytest.raises(ValueError, match="does not fit the recipe's model"):
-        other.load_weights({**weights, "lm.unknown": torch.zeros(1)})
-    with pytest.raises(ValueError, match="does not fit the recipe's model"):
-        other.load_weights({**weights, "value_head.bias": torch.zeros(2)})
-
-
-def test_the_base_comes_along_where_it_was_changed(tiny_model: Path) -> None:
-    policy = policy_of(tiny_model, adapter=LORAS["lora"])
-    moved(policy)
-    merge_adapter(policy.module.lm)
-    moved(policy, seed=2)
-    other = policy_of(tiny_model, adapter=LORAS["lora"])
-    other.load_weights(copy.deepcopy(policy.weights(with_base=True)))
-    assert differ(scored(policy), scored(other)) == 0
 
 
 # --- the critic ---------------------------------------------------------------------------------------------------

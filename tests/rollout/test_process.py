@@ -22,7 +22,7 @@ from remix.rollout.process import EngineProcess, child_environment
 from remix.rollout.vllm import VLLMEngine
 from remix.types import Completion, Request, Sampling
 from tests.rollout.faults import alive, assert_identical, interruption, later, listening
-from tests.rollout.test_vllm import LONG_PROMPT, MAX_MODEL_LEN, REQUESTS, checkpoint, saved, tiny_model
+from tests.rollout.reference import LONG_PROMPT, MAX_MODEL_LEN, REQUESTS, checkpoint, saved, tiny_model
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(max_tokens=24, temperature=0.9)

@@ -2,77 +2,34 @@
 
 import copy
 import os
-import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from remix.errors import Interrupted
 from remix.rollout.vllm import VLLMEngine
-from remix.types import Completion, Request, Sampling
+from remix.types import Request, Sampling
 from tests.rollout.faults import assert_identical, interruption, listening
-
-VOCABULARY, EOS = 60, 1  # 60 is no multiple of vLLM's padding (64)
-MAX_MODEL_LEN = 512
-# vLLM caches prompts by blocks of 128 tokens: this one fills three.
-LONG_PROMPT = tuple(2 + (7 * i * i + 3 * i) % (VOCABULARY - 2) for i in range(400))
-SHORT_PROMPT = (5, 9, 14)
-
-
-def tiny_model(tied: bool, seed: int) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_MODEL_LEN,
-        tie_word_embeddings=tied,
-        # Far wider than the default .02: attention must matter, so that a stale cache or weight shows.
-        initializer_range=0.15,
-        eos_token_id=EOS,
-    )
-    model = Qwen2ForCausalLM(config).float().eval()
-    for name, weight in model.named_parameters():
-        if "bias" in name or "norm" in name:  # transformers starts these at 0 and 1 under every seed
-            torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.2)
-    return model
-
-
-@torch.no_grad()
-def reference_logprobs(
-    model: Qwen2ForCausalLM, prompt: Sequence[int], completion: Completion, temperature: float
-) -> Tensor:
-    """[R] log-probs of the response by transformers."""
-    ids = torch.cat([torch.tensor(prompt), completion.response_ids])
-    logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(-1).gather(-1, completion.response_ids[:, None])[:, 0]
-
-
-def assert_logprobs_of(model: Qwen2ForCausalLM, requests: list[Request], got: list[Completion], t: float) -> None:
-    for request, completion in zip(requests, got, strict=True):
-        expected = reference_logprobs(model, request.prompt_ids, completion, t)
-        torch.testing.assert_close(completion.sampler_logprobs, expected, atol=1e-4, rtol=0)
-
-
-def checkpoint(model: Qwen2ForCausalLM, with_head: bool = True) -> dict[str, Tensor]:
-    """Weights by their names in a checkpoint; a tied head is among them only with `with_head`."""
-    weights = dict(model.state_dict())
-    if not with_head:
-        del weights["lm_head.weight"]
-    return weights
+from tests.rollout.reference import (
+    EOS,
+    LONG_PROMPT,
+    MAX_MODEL_LEN,
+    REQUESTS,
+    SHORT_PROMPT,
+    assert_logprobs_of,
+    checkpoint,
+    reference_logprobs,
+    saved,
+    tiny_model,
+    trainer_state,
+)
 
 
 def cached_tokens(engine: VLLMEngine, requests: list[Request]) -> list[int]:
@@ -96,11 +53,6 @@ class Case:
     """Other weights, from another seed."""
 
 
-def saved(model: Qwen2ForCausalLM, path: Path) -> str:
-    model.save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture(scope="class", params=[True, False], ids=["tied", "untied"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     tied = request.param
@@ -117,25 +69,6 @@ def started(case: Case) -> Case:
     """The case with the engine back at its first weights, whatever ran before."""
     case.engine.sync(checkpoint(case.first).items())
     return case
-
-
-REQUESTS = [Request(LONG_PROMPT, seed) for seed in range(3)] + [Request(SHORT_PROMPT, seed) for seed in range(3)]
-
-
-def trainer_state() -> dict[str, Any]:
-    numpy_state = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": (numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]),
-        "python": random.getstate(),
-        "threads": torch.get_num_threads(),
-        "set_num_threads": torch.set_num_threads,
-        "default dtype": torch.get_default_dtype(),
-        "matmul precision": torch.get_float32_matmul_precision(),
-        "grad": torch.is_grad_enabled(),
-        "dynamo": torch._dynamo.config.disable,
-        "environment": {name: os.environ.get(name) for name in ("LD_PRELOAD", "RANK", "LOCAL_WORLD_SIZE")},
-    }
 
 
 class TestSampleAndSync:
@@ -279,131 +212,6 @@ class TestSampleAndSync:
     def test_one_engine_at_a_time(self, started: Case) -> None:
         with pytest.raises(RuntimeError, match="Close it first"):
             VLLMEngine("anywhere", max_model_len=8)
-
-
-@pytest.fixture(scope="module")
-def model() -> Qwen2ForCausalLM:
-    return tiny_model(tied=True, seed=0)
-
-
-@pytest.fixture(scope="module")
-def path(model: Qwen2ForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved(model, tmp_path_factory.mktemp("model"))
-
-
-class TestOwnEngine:
-    """What needs an engine of its own, after those of `case` are closed."""
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (
-                lambda w: w | {"model.layers.0.mlp.up.weight": torch.zeros(1)},
-                r"'model\.layers\.0\.mlp\.up\.weight' is no weight .*Did you mean 'model\.layers\.0\.mlp\.up_proj",
-            ),
-            (
-                lambda w: {name: tensor for name, tensor in w.items() if "layers.1.self_attn.k_proj" not in name},
-                r"2 of 26 weights .* did not come, for example model\.layers\.1\.self_attn\.k_proj\.bias",
-            ),
-            (
-                lambda w: w | {"model.norm.weight": torch.zeros(64)},
-                r"'model\.norm\.weight' has shape \(64,\), .* it has \(128,\)",
-            ),
-        ],
-        ids=["unknown", "missing", "shape"],
-    )
-    def test_a_wrong_sync_fails_and_leaves_no_usable_mixture(
-        self, path: str, model: Qwen2ForCausalLM, change: Any, message: str
-    ) -> None:
-        engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03)
-        try:
-            with pytest.raises(ValueError, match=message):
-                engine.sync(change(checkpoint(model)).items())
-            with pytest.raises(RuntimeError, match="mixture"):
-                engine.generate([Request(SHORT_PROMPT, 0)], Sampling(max_tokens=1))
-            with pytest.raises(RuntimeError, match="mixture"):
-                engine.sync(checkpoint(model).items())
-        finally:
-            engine.close()
-
-    def test_it_sleeps_between_calls_and_its_cache_through_a_sync(self, path: str, model: Qwen2ForCausalLM) -> None:
-        """Whose memory a CPU does not give back, but vLLM keeps books of it all the same."""
-        other = tiny_model(tied=True, seed=1)
-        engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03, sleep=True)
-        executor = engine._llm.llm_engine.engine_core.engine_core.model_executor  # type: ignore[attr-defined]
-        requests = [Request(SHORT_PROMPT, seed) for seed in range(2)]
-        asleep = list[set[str]]()
-
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            for weight in checkpoint(other).items():
-                asleep.append(set(executor.sleeping_tags))
-                yield weight
-
-        try:
-            for of in (model, other):
-                assert executor.sleeping_tags == {"weights", "kv_cache"}
-                assert_logprobs_of(of, requests, engine.generate(requests, Sampling(max_tokens=4)), 1.0)
-                assert executor.sleeping_tags == {"weights", "kv_cache"}
-                engine.sync(weights())
-            assert asleep
-            assert all(tags == {"kv_cache"} for tags in asleep)
-            with pytest.raises(ValueError, match="unknown"):
-                engine.sync({"unknown": torch.zeros(1)}.items())
-            assert executor.sleeping_tags == {"weights", "kv_cache"}
-        finally:
-            engine.close()
-
-    def test_a_process_group_of_the_trainer_is_used_and_kept(
-        self, path: str, model: Qwen2ForCausalLM, tmp_path: Path
-    ) -> None:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
-            torch.set_float32_matmul_precision("high")
-            before = trainer_state()
-            # An eos of the caller's choice in place of the checkpoint's.
-            engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03, eos_token_ids=[7, 8])
-            assert trainer_state() == before
-            torch.set_float32_matmul_precision("highest")
-            requests = [Request(SHORT_PROMPT, seed) for seed in range(64)]
-            got = engine.generate(requests, Sampling(max_tokens=40))
-            assert_logprobs_of(model, requests, got, 1.0)
-            stopped = [completion.response_ids for completion in got if completion.finish_reason == "stop"]
-            assert {int(ids[-1]) for ids in stopped} == {7, 8}
-            assert any(EOS in ids for ids in stopped)
-            engine.close()
-            engine.close()
-            torch.distributed.barrier()
-        finally:
-            torch.set_float32_matmul_precision("highest")
-            torch.distributed.destroy_process_group()
-
-    def test_pickled_weights_are_not_read(self, model: Qwen2ForCausalLM, tmp_path: Path) -> None:
-        path = saved(model, tmp_path)
-        (tmp_path / "model.safetensors").unlink()
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"no weights as safetensors.*Save it with save_pretrained"):
-            VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03)
-
-    def test_a_head_that_the_checkpoint_stores_beside_its_embedding(
-        self, model: Qwen2ForCausalLM, tmp_path: Path
-    ) -> None:
-        """The config says tied and the file has the head all the same, as other tools write it."""
-        from safetensors.torch import load_file, save_file
-
-        path = saved(model, tmp_path)
-        weights = load_file(tmp_path / "model.safetensors")
-        head = weights["model.embed_tokens.weight"].clone()
-        save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        other = tiny_model(tied=True, seed=1)
-        requests = [Request(SHORT_PROMPT, 0)]
-        engine = VLLMEngine(path, max_model_len=64, kv_cache_gib=0.03)
-        try:
-            for with_head in (False, True):
-                engine.sync(checkpoint(model).items())
-                engine.sync(checkpoint(other, with_head).items())
-                assert_logprobs_of(other, requests, engine.generate(requests, Sampling(max_tokens=16)), 1.0)
-        finally:
-            engine.close()
 
 
 def test_without_vllm_the_import_names_the_remedy() -> None:

@@ -108,13 +108,10 @@ def files_under(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_an_evaluation_and_grading_of_hostile_text(
-    hostile_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    work = tmp_path / "one" / "two" / "three"  # so that ../../owned stays under tmp_path
-    work.mkdir(parents=True)
+def trained_and_evaluated(model: Path, work: Path) -> str:
+    """All that both commands print."""
     recipe = tiny_recipe(
-        hostile_model,
+        model,
         work / "run",
         {
             "rewards": [{"type": "math"}, {"type": "length", "free_tokens": 1, "max_tokens": 24}],
@@ -126,7 +123,7 @@ def test_a_run_an_evaluation_and_grading_of_hostile_text(
     evaluation = [
         "eval",
         "--model",
-        str(hostile_model),
+        str(model),
         "--benchmarks",
         "arithmetic",
         "--limit",
@@ -137,22 +134,10 @@ def test_a_run_an_evaluation_and_grading_of_hostile_text(
     evaluation += ["--temperature", "1", "--samples", "2", "--out", "evaluated"]
     codes, said = run(work, ["remix.train", "recipe.yaml"], ["remix.cli", *evaluation])
     assert codes == [0, 0], said
-    chunks = [
-        pq.read_table(file).to_pylist() for file in sorted((work / "evaluated" / "generations").rglob("*.parquet"))
-    ]
-    generated = [row["text"] for chunk in chunks for row in chunk]
-    lines = [json.dumps({"gold": "1", "prediction": f"\\boxed{{{text}}}"}) for text in generated]
-    (work / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    assert cli.main(["grade", "--in", str(work / "in.jsonl"), "--out", str(work / "out.jsonl")]) == 0
-    shown = said + "".join(capfd.readouterr())
-    assert "arithmetic" in shown
-    assert "24 graded" in shown
-    assert CONTROL.findall(shown) == []
-    assert not any(text in shown for text in ("owned", "alert(1)", "__class__"))
-    assert [str(path) for path in tmp_path.rglob("*owned*")] == []
-    assert not (ROOT / "owned").exists()
+    return said
 
-    # Nothing but what a run leaves, with the text as it was.
+
+def assert_nothing_but_what_a_run_leaves(work: Path) -> None:
     tensorboard = {name for name in files_under(work) if name.startswith("run/remix/")}
     assert tensorboard
     expected = {"recipe.yaml", "in.jsonl", "out.jsonl", "codes.json", "run/metrics.jsonl", "run/completions.jsonl"}
@@ -169,6 +154,8 @@ def test_a_run_an_evaluation_and_grading_of_hostile_text(
     }
     assert left - expected - model_files == set()
 
+
+def assert_the_text_is_as_it_was(work: Path, generated: list[str]) -> None:
     rollouts = [
         row["response"]
         for step in (0, 1)
@@ -182,6 +169,31 @@ def test_a_run_an_evaluation_and_grading_of_hostile_text(
     assert any("\x1b" in row["response"] for row in completions)
     graded = [json.loads(line) for line in (work / "out.jsonl").read_text().splitlines()]
     assert [row["prediction"] for row in graded] == [f"\\boxed{{{text}}}" for text in generated]
+
+
+def test_a_run_an_evaluation_and_grading_of_hostile_text(
+    hostile_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "one" / "two" / "three"  # so that ../../owned stays under tmp_path
+    work.mkdir(parents=True)
+    said = trained_and_evaluated(hostile_model, work)
+    chunks = [
+        pq.read_table(file).to_pylist() for file in sorted((work / "evaluated" / "generations").rglob("*.parquet"))
+    ]
+    generated = [row["text"] for chunk in chunks for row in chunk]
+    lines = [json.dumps({"gold": "1", "prediction": f"\\boxed{{{text}}}"}) for text in generated]
+    (work / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert cli.main(["grade", "--in", str(work / "in.jsonl"), "--out", str(work / "out.jsonl")]) == 0
+    shown = said + "".join(capfd.readouterr())
+    assert "arithmetic" in shown
+    assert "24 graded" in shown
+    assert CONTROL.findall(shown) == []
+    assert not any(text in shown for text in ("owned", "alert(1)", "__class__"))
+    assert [str(path) for path in tmp_path.rglob("*owned*")] == []
+    assert not (ROOT / "owned").exists()
+
+    assert_nothing_but_what_a_run_leaves(work)
+    assert_the_text_is_as_it_was(work, generated)
     for page in (work / "evaluated/summary.md", work / "run/final/README.md"):
         text = page.read_text()
         assert "<script" not in text

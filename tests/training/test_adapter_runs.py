@@ -18,13 +18,12 @@ from transformers import AutoModelForCausalLM
 from remix import cli
 from remix.errors import TrainingError
 from remix.models.adapters import adapter_weights, engine_weights, trained_share
-from remix.training.finish import finish
 from remix.training.memory import estimate_memory
 from remix.training.plan import make_plan
 from remix.training.plan_view import render
 from remix.training.probe import SyncProbe
-from tests.models.test_policy import assert_close, plain_logprobs, scored
-from tests.tiny import EMBEDDED, KINDS, MIX, opened, tiny_recipe, weights_of
+from tests.models.policies import assert_close, plain_logprobs, scored
+from tests.tiny import EMBEDDED, KINDS, MIX, opened, run, tiny_recipe, weights_of
 from tests.training.test_degenerate import metrics_of
 
 GAE = {"type": "gae", "critic": {"type": "shared"}}
@@ -33,13 +32,6 @@ KL = {"weight": 0.1, "lambda_schedule": {"start": 0.9, "hold": 1, "every": 1, "d
 REMIX = {"phases": [{**MIX[0], "until": [{"type": "steps", "after": 2}]}, {"type": "on_policy"}], "kl": KL, "steps": 4}
 """Replay, both anchors, and a reincarnation before the third of four steps."""
 VLLM = {"type": "vllm", "kv_cache_gib": 0.06}
-
-
-def fitted(recipe: Any, *, resume: bool = False) -> dict[str, torch.Tensor]:
-    with opened(recipe, resume=resume) as trainer:
-        trainer.fit()
-        finish(trainer, "test.yaml")
-        return weights_of(trainer)
 
 
 def base_bits(trainer: Any) -> dict[str, torch.Tensor]:
@@ -76,9 +68,9 @@ def test_it_trains_and_nothing_else_moves(
 @pytest.mark.parametrize("kind", ["ia3", "prefix", "prompt", "layers"])
 def test_a_resumed_remix_is_the_run_it_would_have_been(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     changes = {**REMIX, "adapter": KINDS[kind]}
-    whole = fitted(tiny_recipe(tiny_model, tmp_path / "whole", changes))
-    fitted(tiny_recipe(tiny_model, tmp_path / "parts", {**changes, "max_steps": 2}))
-    parts = fitted(tiny_recipe(tiny_model, tmp_path / "parts", changes), resume=True)
+    whole = run(tiny_recipe(tiny_model, tmp_path / "whole", changes))
+    run(tiny_recipe(tiny_model, tmp_path / "parts", {**changes, "max_steps": 2}))
+    parts = run(tiny_recipe(tiny_model, tmp_path / "parts", changes), resume=True)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     for name in ("whole", "parts"):
         lines = metrics_of(tmp_path / name)
@@ -106,14 +98,14 @@ def test_a_resumed_remix_is_the_run_it_would_have_been(tiny_model: Path, tmp_pat
 
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_the_exact_kl_to_both_anchors(tiny_model: Path, tmp_path: Path, kind: str) -> None:
-    fitted(tiny_recipe(tiny_model, tmp_path, {**REMIX, "kl": {**KL, "estimator": "full"}, "adapter": KINDS[kind]}))
+    run(tiny_recipe(tiny_model, tmp_path, {**REMIX, "kl": {**KL, "estimator": "full"}, "adapter": KINDS[kind]}))
     lines = metrics_of(tmp_path)
     assert lines[1]["loss/kl"] > 0
 
 
 def test_an_ia3_is_folded_in_where_it_reincarnates(tiny_model: Path, tmp_path: Path) -> None:
     changes = {**REMIX, "adapter": KINDS["ia3"], "reincarnation": {"lora": "merge"}}
-    fitted(tiny_recipe(tiny_model, tmp_path / "whole", changes))
+    run(tiny_recipe(tiny_model, tmp_path / "whole", changes))
     assert not (tmp_path / "whole" / "final" / "adapter_config.json").exists()
     with opened(tiny_recipe(tiny_model, tmp_path / "whole", changes), resume=True) as t:
         final = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "final")
@@ -126,7 +118,7 @@ def test_an_ia3_is_folded_in_where_it_reincarnates(tiny_model: Path, tmp_path: P
 def test_a_run_goes_on_from_a_saved_adapter(tiny_model: Path, tmp_path: Path) -> None:
     kind = "lora"
     short = {"eval": {"prompts": 1}, "adapter": KINDS[kind]}
-    begun = fitted(tiny_recipe(tiny_model, tmp_path / "first", {**short, "optimizer": {"lr": 0.02}}))
+    begun = run(tiny_recipe(tiny_model, tmp_path / "first", {**short, "optimizer": {"lr": 0.02}}))
     start = tmp_path / "first" / "final"
 
     def further(run_dir: str, path: Path, **changes: Any) -> Any:
@@ -139,12 +131,12 @@ def test_a_run_goes_on_from_a_saved_adapter(tiny_model: Path, tmp_path: Path) ->
         assert all(torch.equal(begun[name], tensor) for name, tensor in t.policy.reference.items())
         t.fit()
         whole = weights_of(t)
-    fitted(further("parts", start, max_steps=1))
+    run(further("parts", start, max_steps=1))
     # The folder may have moved, and its weights may be others by now.
     moved = start.rename(tmp_path / "elsewhere")
     weights = {name: tensor + 1 for name, tensor in load_file(moved / "adapter_model.safetensors").items()}
     save_file(weights, moved / "adapter_model.safetensors")
-    resumed = fitted(further("parts", moved), resume=True)
+    resumed = run(further("parts", moved), resume=True)
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
 
 
@@ -158,18 +150,18 @@ def swapped(model: Path, run_dir: Path, **engine: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["ia3", "layers"])
 def test_vllm_has_the_merged_weights(vllm_model: Path, tmp_path: Path, kind: str) -> None:
-    fitted(tiny_recipe(vllm_model, tmp_path, {"adapter": KINDS[kind], "rollout": {"engine": VLLM}}))
+    run(tiny_recipe(vllm_model, tmp_path, {"adapter": KINDS[kind], "rollout": {"engine": VLLM}}))
     for line in metrics_of(tmp_path):
         assert line["sampler/probe"] < 1e-4
         assert line["sampler/mismatch_max"] < 1e-3
 
 
 def test_a_lora_is_swapped_into_vllm_in_this_process_or_its_own(vllm_model: Path, tmp_path: Path) -> None:
-    here = fitted(swapped(vllm_model, tmp_path / "here"))
+    here = run(swapped(vllm_model, tmp_path / "here"))
     for line in metrics_of(tmp_path / "here"):
         assert line["sampler/probe"] < 1e-5
         assert line["sampler/mismatch_max"] < 1e-4
-    there = fitted(swapped(vllm_model, tmp_path / "there", own_process=True))
+    there = run(swapped(vllm_model, tmp_path / "there", own_process=True))
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
@@ -243,7 +235,7 @@ def test_the_evaluation_is_of_the_adapter(tmp_path: Path, capsys: pytest.Capture
     base = EMBEDDED / "base"
     task = {"tasks": [{"type": "arithmetic", "size": 64}], "prompt": {"max_tokens": 32}}
     recipe = tiny_recipe(base, tmp_path / "run", {"adapter": KINDS[kind], "optimizer": {"lr": 0.05}, **task})
-    fitted(recipe)
+    run(recipe)
     command = ["eval", "--model", str(base), "--benchmarks", "arithmetic", "--limit", "12", "--max-tokens", "24"]
     adapter = ["--adapter", str(tmp_path / "run" / "final")]
     if kind in ("prefix", "prompt"):
