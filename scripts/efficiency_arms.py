@@ -99,13 +99,15 @@ SORTED = "ReMix itself, a task for each number of terms"
 STEERED = "tasks drawn by how near one half right they are"
 CONTROLS = {STEERED: SORTED}
 """What an option is compared with, where it is not ReMix itself."""
+MOMENTS, KEPT = "the optimiser's moments kept at reincarnation", "reincarnation.reset_optimizer=false"
 BEYOND = {
     "grpo": {
         "lags by 1/age": ("phases.0.lag_distribution=age",),
+        MOMENTS: (KEPT,),
         "reincarnation at a plateau": ('phases.0.until=[{"type":"reward_plateau","window":3}]',),
         SORTED: (APART,),
     },
-    "ppo": {"V-trace": ("advantage.vtrace_cap=1.0",)},
+    "ppo": {MOMENTS: (KEPT,), "V-trace": ("advantage.vtrace_cap=1.0",)},
 }
 """Options that are not the paper's, each added to the tuned ReMix."""
 CHOOSY = "phases.0.window=4"
