@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remix.imports import lasting
 from remix.terminal import Parser, guard_tracebacks, print_error
 from remix.training.resume import add_resume_options, resolve
 
@@ -99,11 +100,12 @@ def run(
     begun. Raises ValueError for a request that cannot be met, TrainingError for training that cannot go on, and
     Interrupted after a signal, if an `interruption` listens for one.
     """
-    from remix.models.loading import quiet
-    from remix.training.backends import check_recipe
-    from remix.training.distributed import Cluster
-    from remix.training.interruption import Interruption
-    from remix.training.stages import make_plans
+    with lasting():
+        from remix.models.loading import quiet
+        from remix.training.backends import check_recipe
+        from remix.training.distributed import Cluster
+        from remix.training.interruption import Interruption
+        from remix.training.stages import make_plans
 
     interruption = interruption or Interruption()
     make_plans(recipe, int(os.environ.get("WORLD_SIZE", "1")))

@@ -1,6 +1,8 @@
 """One process, few threads, no network: set before torch is imported."""
 
+import gc
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -13,6 +15,35 @@ from typing import Any
 import pytest
 
 from tests.tiny import make_tiny_model, make_tiny_vision_model
+
+imported = 0
+"""Modules when the garbage collector was last told of them."""
+
+
+def pytest_configure() -> None:
+    gc.disable()  # until all tests are imported
+
+
+def pytest_collection_finish() -> None:
+    _pass_over_what_lasts()
+    gc.enable()
+
+
+def pytest_runtest_logfinish() -> None:
+    _pass_over_what_lasts()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries would say at the end that something is left
+
+
+def _pass_over_what_lasts() -> None:
+    """A run collects garbage twice; to look through all that libraries hold would take longer than the run itself."""
+    global imported
+    if len(sys.modules) > imported + 100:
+        imported = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ FLOORS = {
     "remix.errors": 0,
     "remix.durable": 1,
     "remix.formats": 0,
+    "remix.imports": 0,
     "remix.secrets": 0,
     "remix.terminal": 0,
     "remix.algorithms": 1,

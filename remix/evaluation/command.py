@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from remix.imports import lasting
 from remix.secrets import redact
 from remix.terminal import showable
 
@@ -60,10 +61,11 @@ def main(options: argparse.Namespace, arguments: Sequence[str], *, has_gpu: bool
     engine: Literal["vllm", "hf"] = options.engine or ("vllm" if has_gpu and find_spec("vllm") else "hf")
     if engine == "vllm" and find_spec("vllm") is None:
         raise ValueError("--engine vllm: vLLM is not installed; run `bash scripts/setup.sh vllm`, or use --engine hf")
-    from remix.evaluation.overrides import Overrides
-    from remix.evaluation.runner import EvalRequest, default_out, run
-    from remix.evaluation.summary import show
-    from remix.models.loading import quiet
+    with lasting():
+        from remix.evaluation.overrides import Overrides
+        from remix.evaluation.runner import EvalRequest, default_out, run
+        from remix.evaluation.summary import show
+        from remix.models.loading import quiet
 
     quiet()
     request = EvalRequest(

