@@ -12,7 +12,8 @@ from contextlib import contextmanager
 @contextmanager
 def lasting() -> Iterator[None]:
     """What is imported within lasts as long as the process: the garbage collector does not look through it, neither
-    while it grows nor in any later collection."""
+    while it grows nor in any later collection. For processes of our own: what else is there by then is passed over too.
+    """
     enabled, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,8 @@ def _run(options: argparse.Namespace, interruption: Interruption) -> int:
         path, overrides, resume = resolve(options.words, options.resume)
         recipe = load_recipe(path, overrides)
         interruption.grace = recipe.faults.grace
+        with lasting():
+            import_module("remix.training.build")
         run(recipe, path, resume=resume, allow_changed=options.allow_changed, interruption=interruption)
     except ValueError as error:
         print_error(error)
@@ -100,12 +103,11 @@ def run(
     begun. Raises ValueError for a request that cannot be met, TrainingError for training that cannot go on, and
     Interrupted after a signal, if an `interruption` listens for one.
     """
-    with lasting():
-        from remix.models.loading import quiet
-        from remix.training.backends import check_recipe
-        from remix.training.distributed import Cluster
-        from remix.training.interruption import Interruption
-        from remix.training.stages import make_plans
+    from remix.models.loading import quiet
+    from remix.training.backends import check_recipe
+    from remix.training.distributed import Cluster
+    from remix.training.interruption import Interruption
+    from remix.training.stages import make_plans
 
     interruption = interruption or Interruption()
     make_plans(recipe, int(os.environ.get("WORLD_SIZE", "1")))
